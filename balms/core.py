@@ -6,11 +6,11 @@
 __all__ = ['class_counts', 'log_prior', 'balanced_softmax_loss', 'BalancedSoftmax', 'adjust_logits', 'log_odds_prior',
            'BalancedSigmoid']
 
-# %% ../nbs/00_core.ipynb #e4b89f06
+# %% ../nbs/00_core.ipynb #593d1548
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/00_core.ipynb #39411a94
+# %% ../nbs/00_core.ipynb #b410d3e1
 def _labels(x):
     "The labels of `x`, anything that `class_counts` takes, as a tensor. Images are never read."
     if isinstance(x, Tensor): return x
@@ -27,7 +27,7 @@ def _labels(x):
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f'No class labels in {type(x).__name__}: pass integers 0..k-1, a data set with `targets`, or fastai DataLoaders') from e
 
-# %% ../nbs/00_core.ipynb #66ac6cbc
+# %% ../nbs/00_core.ipynb #1957cb20
 def class_counts(
     labels, # Labels 0..k-1 (list, array or tensor), multi-hot rows (n, k), a data set with `targets`, or fastai `DataLoaders`
     num_classes:int=None, # k; default: the `DataLoaders`' own number of classes, else the largest label + 1
@@ -44,7 +44,7 @@ def class_counts(
         raise ValueError(f'Label {labels.max()} is out of range for {num_classes} classes')
     return torch.bincount(labels, minlength=num_classes or 0)
 
-# %% ../nbs/00_core.ipynb #ca8f2250
+# %% ../nbs/00_core.ipynb #2cd3c970
 def _positive(
     v, # Anything with k numbers in it
     name:str='counts', # What to call it in an error
@@ -64,7 +64,7 @@ def _few(mask, n=10):
     i = mask.nonzero().flatten().tolist()
     return f'{i[:n]}' if len(i) <= n else f'{i[:n]} and {len(i) - n} more'
 
-# %% ../nbs/00_core.ipynb #02005422
+# %% ../nbs/00_core.ipynb #33c234e1
 def log_prior(
     counts, # Samples a class n_j, (k,): list, array or tensor; any positive numbers, only their ratios count
     tau:float=1., # Strength of the shift: 1 is Eq. 4, 1/4 is Eq. 10, 0 is none
@@ -79,7 +79,7 @@ def log_prior(
     shift = tau * shift
     return (shift - shift.max()).float()
 
-# %% ../nbs/00_core.ipynb #b1881e60
+# %% ../nbs/00_core.ipynb #4dbb152d
 def _check(input, target, k, axis):
     "Raise if `input` has not `k` classes along `axis`, or `target` does not fit `input`."
     axis = axis if input.ndim > 1 else 0
@@ -93,7 +93,7 @@ def _plain(x):
     "`x` without its subclass: fastai's tensors bring rules of their own for mixing types"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
-# %% ../nbs/00_core.ipynb #ca40dee9
+# %% ../nbs/00_core.ipynb #7ff4aa3e
 def _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis):
     "Cross-entropy of `input + shift`, in at least float32."
     input, target, k = _plain(input), _plain(target), len(shift)
@@ -107,7 +107,7 @@ def _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction
         return F.nll_loss(_ShiftedLogSoftmax.apply(input, shift), target, weight, ignore_index=ignore_index, reduction=reduction)
     except IndexError as e: raise IndexError(f'{e} Targets must be 0..{k - 1} or ignore_index={ignore_index}') from e
 
-# %% ../nbs/00_core.ipynb #5b7b4f40
+# %% ../nbs/00_core.ipynb #6ace95fb
 def _large_on_cpu(x): return x.device.type == 'cpu' and x.numel() >= 2**17 and x.ndim > 1 and not torch.compiler.is_compiling()
 
 class _ShiftedLogSoftmax(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _ShiftedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, input, shift): return F.log_softmax(input.movedim(in_dims[0], 0) + shift, 2), 0
 
-# %% ../nbs/00_core.ipynb #f8b8b7e8
+# %% ../nbs/00_core.ipynb #b467792a
 def balanced_softmax_loss(
     input:Tensor, # Logits, (N, k), (N, k, d1, ...) or (k,)
     target:Tensor, # Class indices (N,), (N, d1, ...) or (), or probabilities of the shape of `input`
@@ -147,7 +147,7 @@ def balanced_softmax_loss(
     shift = log_prior(counts, tau, target_prior).to(input.device)
     return _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis)
 
-# %% ../nbs/00_core.ipynb #885c8a2f
+# %% ../nbs/00_core.ipynb #e53821e1
 class _Loss(nn.Module):
     "What the losses here share: a float32 buffer `shift`, and fastai's protocol for a loss with one softmax or sigmoid over `axis`."
     y_int = True  # fastai's MixUp and CutMix: targets are class indices
@@ -177,7 +177,7 @@ class _Loss(nn.Module):
         "Predicted classes of logits or probabilities `x`"
         return x.argmax(self._axis(x))
 
-# %% ../nbs/00_core.ipynb #7ab197ae
+# %% ../nbs/00_core.ipynb #419bfbc4
 class BalancedSoftmax(_Loss):
     "Balanced Softmax (Ren et al. 2020, Eq. 4): cross-entropy of logits + log n in training, plain cross-entropy after `.eval()`."
     def __init__(self,
@@ -204,7 +204,7 @@ class BalancedSoftmax(_Loss):
 
     def extra_repr(self): return f'classes={len(self.shift)}, tau={self.tau}, reduction={self.reduction!r}'
 
-# %% ../nbs/00_core.ipynb #59e5f33e
+# %% ../nbs/00_core.ipynb #04d06ebc
 def adjust_logits(
     input:Tensor, # Logits of a model trained with plain cross-entropy, class axis `axis`
     counts, # Samples a class in its training set, (k,)
@@ -218,7 +218,7 @@ def adjust_logits(
     if input.shape[axis] != len(shift): raise ValueError(f'input has {input.shape[axis]} classes on axis {axis}, counts {len(shift)}')
     return (input.movedim(axis, -1) - shift).movedim(-1, axis)
 
-# %% ../nbs/00_core.ipynb #b9ac8c54
+# %% ../nbs/00_core.ipynb #5e396443
 def log_odds_prior(
     counts, # Samples that have the class, (k,)
     total:float=None, # Number of samples n; default: the sum of `counts`, right for one class a sample
@@ -232,7 +232,7 @@ def log_odds_prior(
     if (rest <= 0).any(): raise ValueError(f'Classes {_few(rest <= 0)} are in every one of {total:g} samples: their odds are infinite. Is `total` the number of samples?')
     return (tau*(counts*(max(len(counts) - 1, 1) if constant else 1)/rest).log()).float()
 
-# %% ../nbs/00_core.ipynb #a8eb9ec4
+# %% ../nbs/00_core.ipynb #d9475b7d
 def _multi_hot(x, t, k, axis, ignore_index):
     "Logits and multi-hot targets with classes on the last axis, and which rows count (None: all)"
     if x.shape[axis] != k: raise ValueError(f'input has {x.shape[axis]} classes on axis {axis} (shape {tuple(x.shape)}), counts {k}')
@@ -246,7 +246,7 @@ def _multi_hot(x, t, k, axis, ignore_index):
         raise IndexError(f'Target {int(t.min() if t.min() < 0 else t.max())} is out of range: 0..{k - 1}, {k} for background, or ignore_index={ignore_index}')
     return x, F.one_hot(t, k + 1)[..., :k], valid
 
-# %% ../nbs/00_core.ipynb #dfa6f2d7
+# %% ../nbs/00_core.ipynb #6d3bf3bb
 class BalancedSigmoid(_Loss):
     "The multiple binary logistic regression variant of Balanced Softmax (Ren et al. 2020, supplement A.2)."
     def __init__(self,
