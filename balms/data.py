@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 'long_tail', 'load_digits', 'cache_dir', 'cached',
-           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'CropFlip', 'ArrayDL', 'array_dls']
+           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'CropFlip', 'Cutout', 'AutoAugmentCutout',
+           'ArrayDL', 'array_dls']
 
 # %% ../nbs/04_data.ipynb #561bc7c0
 import json, math, os, zlib, tempfile
@@ -245,6 +246,27 @@ class CropFlip:
         i = torch.arange(b, device=x.device)
         return x[i[:, None, None, None], torch.arange(c, device=x.device)[:, None, None], rows[:, None, :, None], cols[:, None, None, :]]
     def __repr__(self): return f'CropFlip(pad={self.pad}, flip={self.flip})'
+
+# %% ../nbs/04_data.ipynb #ce0c961e
+class Cutout:
+    "Zero a square of `size` pixels around a uniformly random centre; it may hang over the edge (DeVries and Taylor 2017)."
+    def __init__(self, size:int=16): self.size = size
+    def __call__(self, x:torch.Tensor, gen:torch.Generator=None) -> torch.Tensor: # Images (b, c, h, w)
+        b, _, h, w = x.shape
+        def inside(n): # (b, n): which rows or columns the square covers
+            d = torch.arange(n, device=x.device) - torch.randint(n, (b, 1), generator=gen, device=x.device)
+            return (d >= -(self.size//2)) & (d < self.size - self.size//2)
+        return x.masked_fill(inside(h)[:, None, :, None] & inside(w)[:, None, None, :], 0)
+    def __repr__(self): return f'Cutout({self.size})'
+
+class AutoAugmentCutout:
+    "Crop, flip, AutoAugment with the CIFAR-10 policy and Cutout: the CIFAR augmentation of Ren et al. 2020, in their order."
+    def __init__(self, pad:int=4, cutout:int=16):
+        from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+        self.crop, self.policy, self.cutout = CropFlip(pad), AutoAugment(AutoAugmentPolicy.CIFAR10), Cutout(cutout)
+    def __call__(self, x:torch.Tensor, gen:torch.Generator=None) -> torch.Tensor: # uint8 images (b, 3, h, w)
+        return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
+    def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
 
 # %% ../nbs/04_data.ipynb #9453fe57
 class ArrayDL(TfmdDL):
