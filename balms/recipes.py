@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'SCORES', 'Me
            'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run', 'mean_se', 'summary',
            'format_table', 'plot_runs']
 
-# %% ../nbs/12_recipes.ipynb #880fe8c0
+# %% ../nbs/12_recipes.ipynb #6fb6c9be
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
@@ -18,6 +18,7 @@ import torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 import fastai, balms
 from torch import nn
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.learner import Learner
 from fastai.callback.fp16 import MixedPrecision, AMPMode
@@ -118,7 +119,7 @@ class Schedule(Callback):
     def __init__(self, lr_at, start=0): self.lr_at, self.start = lr_at, start    # step -> learning rate; first step
     def before_batch(self): self.opt.set_hyper('lr', self.lr_at(self.start + self.iter))
 
-# %% ../nbs/12_recipes.ipynb #0f6be08b
+# %% ../nbs/12_recipes.ipynb #ee2619c4
 def _save(path, state):
     "Write a checkpoint so that `path` is always a whole one"
     tmp = path.with_suffix('.tmp')
@@ -129,7 +130,9 @@ class Interrupted(Exception):
     "Training was stopped, by Ctrl-C or a termination signal, after its state was saved"
 
 class TrainOnly(Callback):
-    "No validation after the pass: test data are used once, when training is over"
+    "No validation after the pass: test data are used once, when training is over. Nothing is kept of each step."
+    order = 70                                                      # after fastai's Recorder
+    def after_batch(self): self.recorder.losses.clear(); self.recorder.lrs.clear()   # small tensors between large ones keep freed memory from being used again
     def before_validate(self): raise CancelValidException()
 
 # %% ../nbs/12_recipes.ipynb #5f427c9e
@@ -170,7 +173,7 @@ class Checkpoint(Callback):
         self.seconds += time.time() - self.began
         for s, h in self.handlers.items(): signal.signal(s, h)
 
-# %% ../nbs/12_recipes.ipynb #5638fea2
+# %% ../nbs/12_recipes.ipynb #c49c9f9d
 def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
@@ -181,7 +184,7 @@ def _learner(recipe, train, test, counts, device):
     dls = array_dls(train, test, bs=recipe.bs, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd)
     learn = Learner(dls, get_model(recipe.model, train.c, train.images.shape[1]).to(dls.device), loss_func=METHODS[recipe.method].loss(counts).to(dls.device),
-                    opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False)
+                    opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=ChannelsLast())
     learn.create_mbar, learn.logger = False, noop
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn

@@ -1,0 +1,97 @@
+"Runs as processes: the command line, stopping and going on, and what a user sees when something is wrong."
+import json, os, signal, subprocess, sys, time
+import numpy as np, pytest, torch
+from PIL import Image
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+
+
+def command(name, *args): return [sys.executable, '-c', f'from balms.cli import {name}; {name}()', *map(str, args)]
+def call(name, *args, cwd, **kw): return subprocess.run(command(name, *args), cwd=cwd, env={**ENV, **kw}, capture_output=True, text=True, timeout=300)
+def ledger(d): return [json.loads(l) for l in (d/'runs/ledger.jsonl').read_text().splitlines()]
+def weights(d): return torch.load(next((d/'runs').glob('*/model.pt')), weights_only=True)['model']
+SCORES = ('key', 'overall', 'many', 'medium', 'few', 'ece', 'nll', 'per_class', 'p_y', 'counts', 'train_crc')
+
+
+def test_main_job(tmp_path):
+    "The README's job, shortened: a table, a figure, a ledger; a second call trains nothing"
+    r = call('balms_train', '--iters', 30, '--seeds', 2, '--device', 'cpu', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert 'Softmax' in r.stdout and 'Balanced Softmax' in r.stdout and '±' in r.stdout and 'preset small (iters=30)' in r.stdout
+    assert Image.open(tmp_path/'runs/digits-50-small.png').size[0] > 500
+    rows = ledger(tmp_path)
+    assert [(x['recipe']['method'], x['recipe']['seed']) for x in rows] == [('softmax', 0), ('bs', 0), ('softmax', 1), ('bs', 1)]
+    assert rows[0]['torch'] == torch.__version__ and rows[0]['device'] == 'cpu' and rows[0]['counts'][0] == 128
+    assert call('balms_train', '--iters', 30, '--seeds', 2, '--device', 'cpu', cwd=tmp_path).returncode == 0 and ledger(tmp_path) == rows
+    t = call('balms_table', '--markdown', cwd=tmp_path)
+    assert t.returncode == 0 and '| Balanced Softmax |' in t.stdout
+
+
+@pytest.mark.parametrize('sig', (signal.SIGINT, signal.SIGTERM))
+def test_stopped_run_goes_on_to_the_same_weights(tmp_path, sig):
+    (tmp_path/'a').mkdir(); (tmp_path/'b').mkdir()
+    args = ('--method', 'bs', '--seeds', 1, '--iters', 400, '--device', 'cpu')
+    assert call('balms_train', *args, cwd=tmp_path/'a').returncode == 0
+    p = subprocess.Popen(command('balms_train', *args), cwd=tmp_path/'b', env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):                                                     # training has begun when its folder is there
+        if list((tmp_path/'b').glob('runs/digits*/')): break
+        time.sleep(.1)
+    time.sleep(.7); p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'The same command goes on from there' in err, (p.returncode, err)
+    step = torch.load(next((tmp_path/'b/runs').glob('*/checkpoint.pt')), weights_only=True)['step']
+    assert 0 < step < 400
+    assert call('balms_train', *args, cwd=tmp_path/'b').returncode == 0
+    a, b = weights(tmp_path/'a'), weights(tmp_path/'b')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    (ra,), (rb,) = ledger(tmp_path/'a'), ledger(tmp_path/'b')
+    assert all(ra[k] == rb[k] for k in SCORES)
+
+
+def folder(root, train):
+    rng = np.random.default_rng(0)
+    for split, ns in (('train', train), ('test', (8, 8, 8))):
+        for j, (c, n) in enumerate(zip(('dark', 'grey', 'light'), ns)):
+            (root/split/c).mkdir(parents=True)
+            for i in range(n):
+                h, w = rng.integers(12, 20, 2)
+                Image.fromarray((80*j + rng.integers(0, 60, (h, w, 3))).astype(np.uint8)).save(root/split/c/f'{i}.png')
+    return root
+
+
+def test_own_folder(tmp_path):
+    "Images of differing sizes with the tail they have, and the same folder thinned"
+    folder(tmp_path/'photos', (40, 20, 10))
+    args = ('--data', 'photos', '--seeds', 1, '--iters', 12, '--device', 'cpu')
+    r = call('balms_train', *args, cwd=tmp_path, BALMS_CACHE=str(tmp_path/'c'))
+    assert r.returncode == 2 and '--size' in r.stderr and 'Traceback' not in r.stderr
+    r = call('balms_train', *args, '--size', 16, cwd=tmp_path, BALMS_CACHE=str(tmp_path/'c'))
+    assert r.returncode == 0 and 'its own tail' in r.stdout, r.stderr
+    assert ledger(tmp_path)[-1]['counts'] == [40, 20, 10]
+    r = call('balms_train', *args, '--size', 16, '--imbalance', 20, cwd=tmp_path, BALMS_CACHE=str(tmp_path/'c'))
+    assert r.returncode == 0 and ledger(tmp_path)[-1]['counts'] == [40, 8, 2]
+    assert (tmp_path/'runs/photos-own-small.png').exists() and (tmp_path/'runs/photos-20-small.png').exists()
+
+
+@pytest.mark.parametrize('args,message', [
+    (['--data', 'cifar'], "Unknown data set 'cifar': choose from digits"), (['--data', './none'], 'No folder'), (['--method', 'bs', 'sbs'], "Unknown method 'sbs'"),
+    (['--imbalance', '500'], 'the largest imbalance'), (['--out', '/proc/nowhere'], 'Cannot write to the output folder'), (['--device', 'cuda:77'], 'cannot be used here'),
+])
+def test_one_line_errors(tmp_path, args, message):
+    r = call('balms_train', *args, cwd=tmp_path)
+    assert r.returncode == 2 and message in r.stderr and 'Traceback' not in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+
+
+def test_other_images_under_the_same_recipe_are_refused(tmp_path, monkeypatch):
+    from balms.recipes import Recipe, run
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path/'photos', (20, 10, 5))
+    r = Recipe('photos', method='softmax', size=8, iters=4)
+    run(r, device='cpu')
+    (tmp_path/'photos/train/dark/0.png').unlink()
+    with pytest.raises(ValueError, match='other images'): run(Recipe('photos', method='posthoc', size=8, iters=4), device='cpu')
+
+
+def test_table_without_ledger(tmp_path):
+    r = call('balms_table', cwd=tmp_path)
+    assert r.returncode == 2 and 'balms_train makes one' in r.stderr
