@@ -32,7 +32,7 @@ def _parser():
     p.add_argument('--out', default='runs', help='folder for models, the ledger and figures  [runs]')
     return p
 
-# %% ../nbs/13_cli.ipynb #8687f595
+# %% ../nbs/13_cli.ipynb #6d56528c
 def balms_train(argv=None):
     "Train by recipe, print the table and save the figure. Exit status: 0 done, 2 bad input, 130 stopped."
     args = _parser().parse_args(argv)
@@ -48,7 +48,8 @@ def balms_train(argv=None):
             print(f'[{i + 1}/{len(recipes)}] {r.data} {r.method} seed {r.seed}: {row["overall"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
             keys.append(r.key)
     except Interrupted as e: print(f'\n{e}', file=sys.stderr); raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as e: _fail('balms_train', e)
+    except KeyboardInterrupt: print('\nStopped before there was anything to save', file=sys.stderr); raise SystemExit(130) from None
+    except (ValueError, OSError, FloatingPointError) as e: _fail('balms_train', e)
     rows = [r for r in read_ledger(out/'ledger.jsonl') if r['key'] in keys]
     figure = out/f'{recipes[0].key.split("-" + args.method[0])[0]}.png'
     plot_runs(rows, figure)

@@ -7,11 +7,11 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'SCORES', 'Me
            'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run', 'mean_se', 'summary',
            'format_table', 'plot_runs']
 
-# %% ../nbs/12_recipes.ipynb #6fb6c9be
+# %% ../nbs/12_recipes.ipynb #09fade4e
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -47,16 +47,16 @@ METHODS = dict(
     posthoc    = Method('Softmax, post-hoc adjusted', stage1='softmax', adjust=adjust_logits),
 )
 
-# %% ../nbs/12_recipes.ipynb #49e62596
+# %% ../nbs/12_recipes.ipynb #3f099126
 _cifar = dict(model='resnet32', iters=13000, bs=512, lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True, augment='autoaugment_cutout')
 _small = dict(_cifar, model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip')
 PRESETS = dict(paper=_cifar, code=dict(_cifar, nesterov=False, iters=12400), small=_small)
-_digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift')       # the preset `small` of the digits
+_digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift', threads=1)   # the preset `small` of the digits
 
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #a4354fc3
+# %% ../nbs/12_recipes.ipynb #a73951a0
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -78,6 +78,7 @@ class Recipe:
     nesterov: bool = None # Nesterov momentum
     augment: str = None # A name in `AUGMENTS`
     precision: str = 'float32' # Or 'bfloat16', 'float16': automatic mixed precision
+    threads: int = None # CPU threads; default: torch's own number. Tiny networks are faster with one, and the same everywhere
 
     def __post_init__(self):
         fill = lambda **kw: [object.__setattr__(self, k, v) for k, v in kw.items() if getattr(self, k) is None]
@@ -87,7 +88,8 @@ class Recipe:
         fill(**self.defaults)
         for name, choices in (('model', MODELS), ('augment', AUGMENTS), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
         if self.imbalance is not None: _imbalance(self.imbalance)
-        if self.iters < 1 or self.bs < 1 or self.warmup < 0: raise ValueError(f'iters and bs must be 1 or more, warmup 0 or more; got {self.iters}, {self.bs}, {self.warmup}')
+        for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1)):
+            if getattr(self, name) is not None and getattr(self, name) < low: raise ValueError(f'{name} must be {low} or more, not {getattr(self, name)}')
 
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
@@ -95,7 +97,7 @@ class Recipe:
     def defaults(self): return _digits if self.data == 'digits' else PRESETS[self.preset]
     @property
     def changed(self): # What differs from the preset
-        return {k: getattr(self, k) for k, v in {**self.defaults, 'precision': 'float32', 'split_seed': 0}.items() if getattr(self, k) != v}
+        return {k: getattr(self, k) for k, v in {'precision': 'float32', 'split_seed': 0, 'threads': None, **self.defaults}.items() if getattr(self, k) != v}
     @property
     def key(self): # A name for this run, different for different recipes
         digest = zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
@@ -224,7 +226,7 @@ def _append(path, row):
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/12_recipes.ipynb #5492dd52
+# %% ../nbs/12_recipes.ipynb #b8c4608e
 def evaluate(
     logits, # Of the test set (n, k)
     targs, # True labels (n,)
@@ -251,7 +253,20 @@ def run(
     except OSError as e: raise OSError(f'Cannot write to the output folder {out}: {e.strerror}') from e
     for row in read_ledger(out/'ledger.jsonl'):
         if row['key'] == recipe.key: return row
-    device = torch.device(device or default_device())
+    with _threads(recipe.threads): row = _run(recipe, out, root, torch.device(device or default_device()), progress, stop_at)
+    _append(out/'ledger.jsonl', row)
+    return row
+
+@contextmanager
+def _threads(n):
+    "torch with `n` CPU threads, for a while"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+def _run(recipe, out, root, device, progress, stop_at):
+    "The row of the ledger: data, training, one evaluation"
     train, test = load_data(recipe.data, root, recipe.size)
     train, method = long_tail(train, recipe.imbalance, recipe.split_seed), METHODS[recipe.method]
     counts = class_counts(train)
@@ -259,10 +274,8 @@ def run(
     learn, seconds = _train(trained, out/trained.key, train, test, counts, device, progress, stop_at=stop_at)
     with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
     if method.adjust: logits = method.adjust(logits, counts)
-    row = dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1),
-               counts=counts.tolist(), train_crc=data_crc(train), **_environment(device))
-    _append(out/'ledger.jsonl', row)
-    return row
+    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1),
+                counts=counts.tolist(), train_crc=data_crc(train), **_environment(device))
 
 # %% ../nbs/12_recipes.ipynb #ce5ef15d
 PAPER = { # Ren et al. 2020, Table 5: top-1 accuracy in %, mean and standard error over 3 runs
