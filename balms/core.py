@@ -93,42 +93,57 @@ def _plain(x):
     "`x` without its subclass: fastai's tensors bring rules of their own for mixing types"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
-# %% ../nbs/00_core.ipynb #7ff4aa3e
+# %% ../nbs/00_core.ipynb #584d0718
 def _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis):
     "Cross-entropy of `input + shift`, in at least float32."
     input, target, k = _plain(input), _plain(target), len(shift)
-    _check(input, target, k, axis)
-    if input.ndim > 1 and axis not in (1, 1 - input.ndim):
-        input, target = input.movedim(axis, 1), target.movedim(axis, 1) if target.is_floating_point() else target
-    if input.ndim > 2: shift = shift.view(k, *[1]*(input.ndim - 2))
+    if not (input.ndim == 2 and axis == 1 and input.shape == (*target.shape, k)):      # anything but (N, k) with N indices
+        _check(input, target, k, axis)
+        if input.ndim > 1 and axis not in (1, 1 - input.ndim):
+            input, target = input.movedim(axis, 1), target.movedim(axis, 1) if target.is_floating_point() else target
+        if input.ndim > 2: shift = shift.view(k, *[1]*(input.ndim - 2))
     try:
         if label_smoothing or target.is_floating_point() or not _large_on_cpu(input):
             return F.cross_entropy(input + shift, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-        return F.nll_loss(_ShiftedLogSoftmax.apply(input, shift), target, weight, ignore_index=ignore_index, reduction=reduction)
+        return _ShiftedNLL.apply(input, shift, target, weight, ignore_index, reduction)
     except IndexError as e: raise IndexError(f'{e} Targets must be 0..{k - 1} or ignore_index={ignore_index}') from e
 
-# %% ../nbs/00_core.ipynb #6ace95fb
-def _large_on_cpu(x): return x.device.type == 'cpu' and x.numel() >= 2**17 and x.ndim > 1 and not torch.compiler.is_compiling()
+# %% ../nbs/00_core.ipynb #bda1716c
+def _large_on_cpu(x):
+    return x.numel() >= 2**18 and x.ndim > 1 and x.device.type == 'cpu' and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
-class _ShiftedLogSoftmax(torch.autograd.Function):
-    "`log_softmax(input + shift)` over axis 1, with one array for the sum and the result"
+def _rows(y, weight, ignore):
+    "The weight of each sample, 0 if it is ignored, and its target, 0 if it is ignored"
+    keep = y != ignore
+    i = torch.where(keep, y, 0)
+    return keep.float() if weight is None else weight[i]*keep, i.unsqueeze(1)
+
+class _ShiftedNLL(torch.autograd.Function):
+    "`F.cross_entropy(x + shift, y, ...)` for class indices y, with two arrays of the size of x in place of four"
     @staticmethod
-    def forward(input, shift):
-        z = input + shift
-        return torch.log_softmax(z, 1, out=z)
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output); ctx.save_for_forward(output); ctx.dtype = inputs[0].dtype
+    def forward(ctx, x, shift, y, weight, ignore, reduction):
+        z = x + shift
+        torch.log_softmax(z, 1, out=z)
+        ctx.save_for_backward(x, shift, y, weight, z); ctx.save_for_forward(y, weight, z)
+        ctx.ignore, ctx.reduction = ignore, reduction
+        return F.nll_loss(z, y, weight, ignore_index=ignore, reduction=reduction)
     @staticmethod
     def backward(ctx, g):
-        out, = ctx.saved_tensors
-        return torch._log_softmax_backward_data(g, out, 1, out.dtype).to(ctx.dtype), None
+        x, shift, y, weight, z = ctx.saved_tensors
+        if torch.is_grad_enabled():                              # a graph of the gradient is wanted: leave it to autograd
+            l = F.cross_entropy(x + shift, y, weight, ignore_index=ctx.ignore, reduction=ctx.reduction)
+            return torch.autograd.grad(l, x, g, create_graph=True)[0], None, None, None, None, None
+        if weight is None and ctx.reduction == 'mean' and not (y == ctx.ignore).any(): g, i = g/y.numel(), y.unsqueeze(1)
+        else:
+            w, i = _rows(y, weight, ctx.ignore)
+            g = (g*w/w.sum() if ctx.reduction == 'mean' else g*w).unsqueeze(1)
+        return z.exp().mul_(g).scatter_add_(1, i, -g.to(z.dtype).expand_as(i)).to(x.dtype), None, None, None, None, None
     @staticmethod
-    def jvp(ctx, dx, _):
-        out, = ctx.saved_tensors
-        return dx - (out.exp()*dx).sum(1, keepdim=True)
-    @staticmethod
-    def vmap(info, in_dims, input, shift): return F.log_softmax(input.movedim(in_dims[0], 0) + shift, 2), 0
+    def jvp(ctx, dx, *_):
+        y, weight, z = ctx.saved_tensors
+        w, i = _rows(y, weight, ctx.ignore)
+        l = w*((z.exp()*dx).sum(1) - dx.gather(1, i).squeeze(1))
+        return l.sum()/w.sum() if ctx.reduction == 'mean' else l.sum() if ctx.reduction == 'sum' else l
 
 # %% ../nbs/00_core.ipynb #b467792a
 def balanced_softmax_loss(
@@ -177,7 +192,7 @@ class _Loss(nn.Module):
         "Predicted classes of logits or probabilities `x`"
         return x.argmax(self._axis(x))
 
-# %% ../nbs/00_core.ipynb #419bfbc4
+# %% ../nbs/00_core.ipynb #55d0e292
 class BalancedSoftmax(_Loss):
     "Balanced Softmax (Ren et al. 2020, Eq. 4): cross-entropy of logits + log n in training, plain cross-entropy after `.eval()`."
     def __init__(self,
@@ -195,8 +210,9 @@ class BalancedSoftmax(_Loss):
 
     def forward(self, input:Tensor, target:Tensor) -> Tensor:
         "Loss of logits (N, k, ...) for class indices (N, ...) or probabilities (N, k, ...)"
-        shift = self.shift if self.training else torch.zeros_like(self.shift)
-        return _shifted_cross_entropy(input, target, shift, self.weight, self.ignore_index, self.reduction, self.label_smoothing, self.axis)
+        shift, weight = self._buffers['shift'], self._buffers['weight']                  # quicker than as attributes
+        if not self.training: shift = torch.zeros_like(shift)
+        return _shifted_cross_entropy(input, target, shift, weight, self.ignore_index, self.reduction, self.label_smoothing, self.axis)
 
     def activation(self, x:Tensor) -> Tensor:
         "Probabilities for the test set: the plain softmax of the logits"
@@ -246,7 +262,7 @@ def _multi_hot(x, t, k, axis, ignore_index):
         raise IndexError(f'Target {int(t.min() if t.min() < 0 else t.max())} is out of range: 0..{k - 1}, {k} for background, or ignore_index={ignore_index}')
     return x, F.one_hot(t, k + 1)[..., :k], valid
 
-# %% ../nbs/00_core.ipynb #6d3bf3bb
+# %% ../nbs/00_core.ipynb #f59e2b89
 class BalancedSigmoid(_Loss):
     "The multiple binary logistic regression variant of Balanced Softmax (Ren et al. 2020, supplement A.2)."
     def __init__(self,
@@ -257,7 +273,7 @@ class BalancedSigmoid(_Loss):
         foreground_only:bool=True, # Shift only samples that have a class; background keeps its plain logits
         weight=None, # Weight of each class, (k,)
         ignore_index:int=-100, # Targets that do not count
-        reduction:str='mean', # 'mean' over samples of the sum over classes, 'sum', or 'none': one value a class, shape of the logits
+        reduction:str='mean', # 'mean', 'sum' or 'none' over the samples; each sample's loss is the sum of its k terms
         multilabel:bool=False, # Predict all classes over `thresh` in place of the best one
         thresh:float=.5, # Probability above which a class is predicted, if `multilabel`
         axis:int=1, # The class axis of the logits
@@ -272,9 +288,8 @@ class BalancedSigmoid(_Loss):
         x = x + (shift*(t.amax(-1, keepdim=True) > 0) if self.foreground_only else shift)
         l = F.binary_cross_entropy_with_logits(x, t.to(x.dtype), self.weight, reduction='none')
         if valid is not None: l = l*valid[..., None]
-        if self.reduction == 'none': return l.movedim(-1, self._axis(input))
         l = l.sum(-1)
-        if self.reduction == 'sum': return l.sum()
+        if self.reduction != 'mean': return l.sum() if self.reduction == 'sum' else l
         return l.mean() if valid is None else l.sum()/valid.sum()
 
     def activation(self, x:Tensor) -> Tensor:

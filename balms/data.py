@@ -268,7 +268,7 @@ class AutoAugmentCutout:
         return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
     def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
 
-# %% ../nbs/04_data.ipynb #9453fe57
+# %% ../nbs/04_data.ipynb #f48f0e68
 class ArrayDL(TfmdDL):
     "A fastai `DataLoader` over an `ArrayDataset` held on the device; indices are drawn when a batch is asked for."
     def __init__(self,
@@ -294,7 +294,7 @@ class ArrayDL(TfmdDL):
 
     def _gen(self):
         "The augmentation's generator, made where the images are"
-        if getattr(self, 'gen', None) is None or self.gen.device != self.device: self.gen = torch.Generator(self.device).manual_seed(self.seed)
+        if getattr(self, 'gen', None) is None or self.gen.device.type != self.device.type: self.gen = torch.Generator(self.device).manual_seed(self.seed)
         return self.gen
 
     def batch(self, idxs) -> tuple: # (TensorImage, TensorCategory), before `after_batch`

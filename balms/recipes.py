@@ -226,7 +226,7 @@ def _append(path, row):
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/12_recipes.ipynb #b8c4608e
+# %% ../nbs/12_recipes.ipynb #00ddf727
 def evaluate(
     logits, # Of the test set (n, k)
     targs, # True labels (n,)
@@ -267,6 +267,7 @@ def _threads(n):
 
 def _run(recipe, out, root, device, progress, stop_at):
     "The row of the ledger: data, training, one evaluation"
+    if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
     train, test = load_data(recipe.data, root, recipe.size)
     train, method = long_tail(train, recipe.imbalance, recipe.split_seed), METHODS[recipe.method]
     counts = class_counts(train)

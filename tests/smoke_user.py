@@ -21,3 +21,27 @@ assert loss.isfinite() and logits.grad.isfinite().all() and logits.grad.abs().su
 
 import fastai, torchvision
 print(f'balms {balms.__version__}: {", ".join(names)}; Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, fastai {fastai.__version__}')
+
+# The newest fastai: train, predict, save and load
+import pathlib
+from fastai.learner import Learner, load_learner
+from fastai.callback.mixup import MixUp
+from fastcore.basics import noop
+from balms.data import array_dls, load_digits, long_tail
+from balms.core import class_counts
+from balms.metrics import shot_metrics
+from balms.models import small_cnn, body_fc
+
+train, test = load_digits()
+dls = array_dls(long_tail(train, 20), test, bs=64, n_batches=30, device='cpu')
+learn = Learner(dls, small_cnn(10), loss_func=BalancedSoftmax.from_dls(dls), metrics=shot_metrics(class_counts(dls)), splitter=body_fc, cbs=MixUp())
+with learn.no_bar(), learn.no_logging():
+    learn.fit(2, 1e-2)
+    probs, _ = learn.get_preds()
+    logits, _ = learn.get_preds(act=noop)
+assert torch.allclose(probs, logits.softmax(1), atol=1e-6)
+with tempfile.TemporaryDirectory() as d:
+    learn.export(pathlib.Path(d)/'model.pkl')
+    again = load_learner(pathlib.Path(d)/'model.pkl')
+with again.no_bar(): assert torch.allclose(again.get_preds(dl=again.dls.test_dl(test.images[:5]))[0], probs[:5], atol=1e-5)
+print('fit with MixUp, get_preds, export and load_learner work')

@@ -97,3 +97,23 @@ def test_other_images_under_the_same_recipe_are_refused(tmp_path, monkeypatch):
 def test_table_without_ledger(tmp_path):
     r = call('balms_table', cwd=tmp_path)
     assert r.returncode == 2 and 'balms_train makes one' in r.stderr
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
+def test_progress_bar_on_a_terminal_only(tmp_path):
+    "A bar with the loss on a terminal; plain lines in a pipe"
+    import pty
+    args = ('--method', 'bs', '--seeds', 1, '--iters', 150, '--device', 'cpu')
+    main, child = pty.openpty()
+    p = subprocess.Popen(command('balms_train', *args), cwd=tmp_path, env=ENV, stdout=child, stderr=child, close_fds=True)
+    os.close(child)
+    out = b''
+    while True:
+        try: chunk = os.read(main, 65536)
+        except OSError: break                                                # the other end is closed
+        if not chunk: break
+        out += chunk
+    assert p.wait(60) == 0 and b'\r' in out and b'150/150' in out, out[-2000:]
+    (tmp_path/'pipe').mkdir()
+    r = call('balms_train', *args, cwd=tmp_path/'pipe')
+    assert r.returncode == 0 and '\r' not in r.stdout + r.stderr and '150/150' not in r.stdout
