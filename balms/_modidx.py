@@ -40,4 +40,12 @@ d = { 'settings': { 'branch': 'main',
                             'balms.core.balanced_softmax_loss': ('core.html#balanced_softmax_loss', 'balms/core.py'),
                             'balms.core.class_counts': ('core.html#class_counts', 'balms/core.py'),
                             'balms.core.log_odds_prior': ('core.html#log_odds_prior', 'balms/core.py'),
-                            'balms.core.log_prior': ('core.html#log_prior', 'balms/core.py')}}}
+                            'balms.core.log_prior': ('core.html#log_prior', 'balms/core.py')},
+            'balms.theory': { 'balms.theory.GaussianClasses': ('label_shift.html#gaussianclasses', 'balms/theory.py'),
+                              'balms.theory.GaussianClasses.__init__': ('label_shift.html#gaussianclasses.__init__', 'balms/theory.py'),
+                              'balms.theory.GaussianClasses.log_lik': ('label_shift.html#gaussianclasses.log_lik', 'balms/theory.py'),
+                              'balms.theory.GaussianClasses.posterior': ('label_shift.html#gaussianclasses.posterior', 'balms/theory.py'),
+                              'balms.theory.GaussianClasses.sample': ('label_shift.html#gaussianclasses.sample', 'balms/theory.py'),
+                              'balms.theory._prior': ('label_shift.html#_prior', 'balms/theory.py'),
+                              'balms.theory.change_prior': ('label_shift.html#change_prior', 'balms/theory.py'),
+                              'balms.theory.fit_linear': ('label_shift.html#fit_linear', 'balms/theory.py')}}}
