@@ -48,4 +48,8 @@ d = { 'settings': { 'branch': 'main',
                               'balms.theory.GaussianClasses.sample': ('label_shift.html#gaussianclasses.sample', 'balms/theory.py'),
                               'balms.theory._prior': ('label_shift.html#_prior', 'balms/theory.py'),
                               'balms.theory.change_prior': ('label_shift.html#change_prior', 'balms/theory.py'),
-                              'balms.theory.fit_linear': ('label_shift.html#fit_linear', 'balms/theory.py')}}}
+                              'balms.theory.class_margins': ('margin_bound.html#class_margins', 'balms/theory.py'),
+                              'balms.theory.fit_linear': ('label_shift.html#fit_linear', 'balms/theory.py'),
+                              'balms.theory.loss_error': ('margin_bound.html#loss_error', 'balms/theory.py'),
+                              'balms.theory.margin_bound': ('margin_bound.html#margin_bound', 'balms/theory.py'),
+                              'balms.theory.optimal_margins': ('margin_bound.html#optimal_margins', 'balms/theory.py')}}}
