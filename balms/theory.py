@@ -10,7 +10,7 @@ import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import _positive
 
-# %% ../nbs/01_label_shift.ipynb #0e51c3b6
+# %% ../nbs/01_label_shift.ipynb #fb5f2ce7
 class GaussianClasses:
     "k Gaussian classes in d dimensions: p(x|y) in closed form, and with it every posterior. Raises `ValueError` for shapes that do not fit."
     def __init__(self,
@@ -36,7 +36,7 @@ class GaussianClasses:
 
     def sample(self, counts, generator:torch.Generator=None) -> tuple:
         "`counts[j]` points of each class: x (n, d) float64 and labels (n,)"
-        y = torch.arange(len(self.means)).repeat_interleave(_prior(counts, len(self.means), normalise=False).long())
+        y = torch.arange(len(self.means)).repeat_interleave(_prior(counts, len(self.means), 'counts', False).long())
         return self.means[y] + self.std[y, None]*torch.randn(len(y), self.means.shape[1], dtype=torch.float64, generator=generator), y
 
 def _prior(v, k, name='prior', normalise=True):
@@ -56,7 +56,7 @@ def change_prior(
     shift = _prior(new, k, 'new').log() - (0. if old is None else _prior(old, k, 'old').log())
     return (probs.log() + shift.to(probs.device)).softmax(-1).to(probs.dtype)
 
-# %% ../nbs/01_label_shift.ipynb #152bc4b7
+# %% ../nbs/01_label_shift.ipynb #71f0f8fa
 def fit_linear(
     x:Tensor, # Inputs (N, d)
     y:Tensor, # Labels (N,), or whatever else `loss` takes as target
@@ -67,6 +67,7 @@ def fit_linear(
     max_iter:int=1000, # Steps of L-BFGS
 ) -> nn.Linear: # float64
     "The linear model of least `loss`, by full-batch L-BFGS. Raises `ValueError` if there is none, `RuntimeError` if it was not reached."
+    x = x.double()
     net = nn.Linear(x.shape[1], int(y.max()) + 1 if k is None else k, bias=bias, dtype=torch.float64)
     for p in net.parameters(): nn.init.zeros_(p)
     opt = torch.optim.LBFGS(net.parameters(), max_iter=max_iter, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=20, line_search_fn='strong_wolfe')
