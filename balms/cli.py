@@ -32,13 +32,15 @@ def _parser():
     p.add_argument('--out', default='runs', help='folder for models, the ledger and figures  [runs]')
     return p
 
-# %% ../nbs/13_cli.ipynb #6d56528c
+# %% ../nbs/13_cli.ipynb #2a20c80d
 def balms_train(argv=None):
     "Train by recipe, print the table and save the figure. Exit status: 0 done, 2 bad input, 130 stopped."
+    import warnings
+    if argv is None: warnings.filterwarnings('ignore', category=FutureWarning)       # of the libraries underneath
     args = _parser().parse_args(argv)
     from balms.recipes import Interrupted, Recipe, run, read_ledger, format_table, plot_runs
-    import matplotlib, warnings
-    if argv is None: matplotlib.use('Agg'); warnings.filterwarnings('ignore', module='torch|fastai')
+    import matplotlib
+    if argv is None: matplotlib.use('Agg')
     out, keys = Path(args.out), []
     try:
         if args.seeds < 1: raise ValueError(f'--seeds must be 1 or more, not {args.seeds}')
@@ -51,9 +53,10 @@ def balms_train(argv=None):
     except KeyboardInterrupt: print('\nStopped before there was anything to save', file=sys.stderr); raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as e: _fail('balms_train', e)
     rows = [r for r in read_ledger(out/'ledger.jsonl') if r['key'] in keys]
-    figure = out/f'{recipes[0].key.split("-" + args.method[0])[0]}.png'
+    r = recipes[0]
+    figure = out/('-'.join([Path(r.data).name, 'own' if r.imbalance is None else f'{r.imbalance:g}', r.preset, *(f'{k}={v}' for k, v in r.changed.items())]) + '.png')
     plot_runs(rows, figure)
-    print(f'\n{format_table(rows)}\n\nAccuracy and ECE in %, on the balanced test set, last step; mean ± standard error over seeds.\nFigure: {figure}    Ledger: {out/"ledger.jsonl"}')
+    print(f'\n{format_table(rows)}\n\nMean per-class accuracy and ECE in %, on the test set, last step; mean ± standard error over seeds.\nFigure: {figure}    Ledger: {out/"ledger.jsonl"}')
 
 def _device(name):
     "A torch device that is there, or an error that says what is"
@@ -62,7 +65,7 @@ def _device(name):
     try: return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f'Device {name!r} cannot be used here: {str(e).splitlines()[0]}') from None
 
-# %% ../nbs/13_cli.ipynb #acf43dac
+# %% ../nbs/13_cli.ipynb #52209cf8
 def balms_table(argv=None):
     "Print the table of the finished runs in a ledger. Exit status: 0 done, 2 bad input."
     p = argparse.ArgumentParser('balms_table', description='The ledger as a table: accuracy in %, mean and standard error over seeds.')
@@ -73,4 +76,5 @@ def balms_table(argv=None):
     path = Path(args.ledger)
     path = path/'ledger.jsonl' if path.is_dir() else path
     if not path.exists(): _fail('balms_table', f'No ledger {path}. balms_train makes one')
-    print(format_table(read_ledger(path), args.markdown))
+    try: print(format_table(read_ledger(path), args.markdown))
+    except (ValueError, KeyError) as e: _fail('balms_table', e)

@@ -6,15 +6,15 @@
 __all__ = ['class_counts', 'log_prior', 'balanced_softmax_loss', 'BalancedSoftmax', 'adjust_logits', 'log_odds_prior',
            'BalancedSigmoid']
 
-# %% ../nbs/00_core.ipynb #593d1548
-import torch, torch.nn.functional as F
+# %% ../nbs/00_core.ipynb #a6434f43
+import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/00_core.ipynb #b410d3e1
+# %% ../nbs/00_core.ipynb #194ab7dc
 def _labels(x):
     "The labels of `x`, anything that `class_counts` takes, as a tensor. Images are never read."
     if isinstance(x, Tensor): return x
-    for a in ('targets', 'labels'):                     # torchvision's data sets, and ours
+    for a in ('targets', 'labels', '_labels'):          # torchvision's data sets, and ours
         if getattr(x, a, None) is not None: return _labels(getattr(x, a))
     if hasattr(x, 'tls'):                               # fastai `Datasets`: the first target's own pipeline
         tl = x.tls[x.n_inp]
@@ -23,11 +23,13 @@ def _labels(x):
         labels = _labels(x.dataset)
         return labels[torch.as_tensor(list(x.indices))] if hasattr(x, 'indices') else labels
     if hasattr(x, 'datasets'): return torch.cat([_labels(d) for d in x.datasets])
-    try: return torch.as_tensor(x if hasattr(x, '__array__') else list(x))
+    try:
+        if isinstance(x, torch.utils.data.Dataset): raise TypeError('to find its labels every item would be read')
+        return torch.as_tensor(x if hasattr(x, '__array__') else list(x))
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f'No class labels in {type(x).__name__}: pass integers 0..k-1, a data set with `targets`, or fastai DataLoaders') from e
 
-# %% ../nbs/00_core.ipynb #1957cb20
+# %% ../nbs/00_core.ipynb #3d96351b
 def class_counts(
     labels, # Labels 0..k-1 (list, array or tensor), multi-hot rows (n, k), a data set with `targets`, or fastai `DataLoaders`
     num_classes:int=None, # k; default: the `DataLoaders`' own number of classes, else the largest label + 1
@@ -35,7 +37,11 @@ def class_counts(
     "Number of training samples of each class, n_j. Raises `TypeError` or `ValueError` for labels that are not 0..k-1."
     if hasattr(labels, 'train_ds'): labels, num_classes = labels.train_ds, num_classes or getattr(labels, 'c', None)
     labels = _labels(labels).as_subclass(Tensor)
-    if labels.ndim == 2: return labels.sum(0).long()
+    if labels.ndim == 2 and labels.shape[1] == 1: labels = labels[:, 0]
+    if labels.ndim == 2:
+        if not ((labels == 0) | (labels == 1)).all(): raise ValueError('Rows of labels must be multi-hot, zeros and ones')
+        if num_classes and labels.shape[1] != num_classes: raise ValueError(f'Multi-hot rows of {labels.shape[1]} for {num_classes} classes')
+        return labels.sum(0).long()
     if labels.ndim != 1: raise ValueError(f'Labels must be one number a sample, or multi-hot rows; got shape {tuple(labels.shape)}')
     if labels.is_floating_point() and len(labels): raise TypeError(f'Labels must be integers 0..k-1, got {labels.dtype}')
     labels = labels.long()
@@ -44,7 +50,7 @@ def class_counts(
         raise ValueError(f'Label {labels.max()} is out of range for {num_classes} classes')
     return torch.bincount(labels, minlength=num_classes or 0)
 
-# %% ../nbs/00_core.ipynb #2cd3c970
+# %% ../nbs/00_core.ipynb #ae2085d3
 def _positive(
     v, # Anything with k numbers in it
     name:str='counts', # What to call it in an error
@@ -56,7 +62,8 @@ def _positive(
     if not len(v): raise ValueError(f'{name} is empty: one number a class is needed')
     for bad, what in ((~v.isfinite(), 'not finite'), (v < 0, 'negative')):
         if bad.any(): raise ValueError(f'{name} is {what} for classes {_few(bad)}')
-    if (v == 0).any(): raise ValueError(f'{name}: no samples in classes {_few(v == 0)}; log 0 has no value. Leave these classes out, or give them a pseudo-count')
+    if (v == 0).any(): raise ValueError(f'{name}: no samples in classes {_few(v == 0)}; log 0 has no value. Leave these classes out, or give them a pseudo-count'
+                                        if name == 'counts' else f'{name} is zero for classes {_few(v == 0)}; log 0 has no value')
     return v
 
 def _few(mask, n=10):
@@ -64,13 +71,14 @@ def _few(mask, n=10):
     i = mask.nonzero().flatten().tolist()
     return f'{i[:n]}' if len(i) <= n else f'{i[:n]} and {len(i) - n} more'
 
-# %% ../nbs/00_core.ipynb #33c234e1
+# %% ../nbs/00_core.ipynb #d7e0b4ca
 def log_prior(
     counts, # Samples a class n_j, (k,): list, array or tensor; any positive numbers, only their ratios count
     tau:float=1., # Strength of the shift: 1 is Eq. 4, 1/4 is Eq. 10, 0 is none
     target_prior=None, # Class shares of the test set q_j, (k,); default: uniform
 ) -> Tensor: # float32 (k,), largest entry 0
     "What Balanced Softmax adds to the logits: tau (log n_j - log q_j), up to a constant (Ren et al. 2020, Theorem 1)."
+    if not math.isfinite(tau): raise ValueError(f'tau must be a finite number, not {tau}')
     shift = _positive(counts).log()
     if target_prior is not None:
         q = _positive(target_prior, 'target_prior')
@@ -93,10 +101,11 @@ def _plain(x):
     "`x` without its subclass: fastai's tensors bring rules of their own for mixing types"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
-# %% ../nbs/00_core.ipynb #584d0718
+# %% ../nbs/00_core.ipynb #4cd22f0e
 def _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis):
     "Cross-entropy of `input + shift`, in at least float32."
     input, target, k = _plain(input), _plain(target), len(shift)
+    if weight is not None: weight = weight.to(torch.promote_types(input.dtype, torch.float32))
     if not (input.ndim == 2 and axis == 1 and input.shape == (*target.shape, k)):      # anything but (N, k) with N indices
         _check(input, target, k, axis)
         if input.ndim > 1 and axis not in (1, 1 - input.ndim):
@@ -108,14 +117,14 @@ def _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction
         return _ShiftedNLL.apply(input, shift, target, weight, ignore_index, reduction)
     except IndexError as e: raise IndexError(f'{e} Targets must be 0..{k - 1} or ignore_index={ignore_index}') from e
 
-# %% ../nbs/00_core.ipynb #bda1716c
+# %% ../nbs/00_core.ipynb #b49e1b0b
 def _large_on_cpu(x):
     return x.numel() >= 2**18 and x.ndim > 1 and x.device.type == 'cpu' and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 def _rows(y, weight, ignore):
     "The weight of each sample, 0 if it is ignored, and its target, 0 if it is ignored"
     keep = y != ignore
-    i = torch.where(keep, y, 0)
+    i = torch.where(keep, y, 0).long()
     return keep.float() if weight is None else weight[i]*keep, i.unsqueeze(1)
 
 class _ShiftedNLL(torch.autograd.Function):
@@ -133,11 +142,14 @@ class _ShiftedNLL(torch.autograd.Function):
         if torch.is_grad_enabled():                              # a graph of the gradient is wanted: leave it to autograd
             l = F.cross_entropy(x + shift, y, weight, ignore_index=ctx.ignore, reduction=ctx.reduction)
             return torch.autograd.grad(l, x, g, create_graph=True)[0], None, None, None, None, None
-        if weight is None and ctx.reduction == 'mean' and not (y == ctx.ignore).any(): g, i = g/y.numel(), y.unsqueeze(1)
+        if weight is None and ctx.reduction == 'mean' and not (y == ctx.ignore).any(): g, i = g/y.numel(), y.long().unsqueeze(1)
         else:
             w, i = _rows(y, weight, ctx.ignore)
-            g = (g*w/w.sum() if ctx.reduction == 'mean' else g*w).unsqueeze(1)
-        return z.exp().mul_(g).scatter_add_(1, i, -g.to(z.dtype).expand_as(i)).to(x.dtype), None, None, None, None, None
+            g = (torch.where(w == 0, 0, g*w/w.sum()) if ctx.reduction == 'mean' else g*w).unsqueeze(1)
+        t = -g.to(z.dtype).expand_as(i)
+        try: d = z.exp().mul_(g).scatter_add_(1, i, t)
+        except RuntimeError: d = (z.exp()*g).scatter_add(1, i, t)          # a batch of gradients, `is_grads_batched`, cannot be written in place
+        return d.to(x.dtype), None, None, None, None, None
     @staticmethod
     def jvp(ctx, dx, *_):
         y, weight, z = ctx.saved_tensors
@@ -162,7 +174,7 @@ def balanced_softmax_loss(
     shift = log_prior(counts, tau, target_prior).to(input.device)
     return _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis)
 
-# %% ../nbs/00_core.ipynb #e53821e1
+# %% ../nbs/00_core.ipynb #60ac20be
 class _Loss(nn.Module):
     "What the losses here share: a float32 buffer `shift`, and fastai's protocol for a loss with one softmax or sigmoid over `axis`."
     y_int = True  # fastai's MixUp and CutMix: targets are class indices
@@ -176,10 +188,10 @@ class _Loss(nn.Module):
         self.reduction, self.axis = reduction, axis
 
     def _apply(self, fn, recurse=True):
-        "Casting to half precision moves the shift but does not round it"
-        kept = self.shift
+        "Casting to half precision moves shift and weights but does not round them"
+        kept = self.shift, self.weight
         super()._apply(fn, recurse)
-        self.shift = kept.to(self.shift.device)
+        self.shift, self.weight = (b if b is None else b.to(self.shift.device) for b in kept)
         return self
 
     @classmethod
@@ -262,7 +274,7 @@ def _multi_hot(x, t, k, axis, ignore_index):
         raise IndexError(f'Target {int(t.min() if t.min() < 0 else t.max())} is out of range: 0..{k - 1}, {k} for background, or ignore_index={ignore_index}')
     return x, F.one_hot(t, k + 1)[..., :k], valid
 
-# %% ../nbs/00_core.ipynb #f59e2b89
+# %% ../nbs/00_core.ipynb #dfb5daba
 class BalancedSigmoid(_Loss):
     "The multiple binary logistic regression variant of Balanced Softmax (Ren et al. 2020, supplement A.2)."
     def __init__(self,
@@ -280,6 +292,11 @@ class BalancedSigmoid(_Loss):
     ):
         super().__init__(log_odds_prior(counts, total, tau, constant), weight, reduction, axis)
         self.tau, self.foreground_only, self.ignore_index, self.multilabel, self.thresh = tau, foreground_only, ignore_index, multilabel, thresh
+
+    @classmethod
+    def from_dls(cls, dls, **kwargs):
+        "The loss for fastai `DataLoaders` (or anything that `class_counts` takes); `total` is the number of training samples, multi-label or not."
+        return cls(class_counts(dls), **{'total': len(_labels(getattr(dls, 'train_ds', dls))), **kwargs})
 
     def forward(self, input:Tensor, target:Tensor) -> Tensor:
         "Loss of logits (N, k, ...) for class indices (N, ...), k meaning background, or multi-hot rows (N, k, ...)"

@@ -68,11 +68,11 @@ class ArrayDataset:
         return self
     def __repr__(self): return f'{type(self).__name__}: {len(self)} images {tuple(self.images.shape[1:])}, {self.c} classes'
 
-# %% ../nbs/04_data.ipynb #9858fd98
+# %% ../nbs/04_data.ipynb #1f466234
 def long_tail_indices(
     targets, # Labels of the full data set, (n,)
     imbalance:float, # Largest class over smallest
-    split_seed:int=0, # Which images: the same seed gives nested subsets
+    split_seed:int=0, # Which images: one seed, one order of each class
     num_classes:int=None, # k; default: from `targets`
 ) -> torch.Tensor: # int64 indices, in the order of the full data set
     "Indices of a long-tailed subset with the counts of `long_tail_counts`."
@@ -134,7 +134,7 @@ def cached(
     _write(file, lambda f: np.savez(f, fingerprint=fingerprint, about=json.dumps(about), **arrays))
     return arrays, about
 
-# %% ../nbs/04_data.ipynb #dee62757
+# %% ../nbs/04_data.ipynb #599dc69b
 def _listing(root):
     "`{split: [(class, path, size, mtime)]}` and the class names of a folder `train/<class>/*`, `test/<class>/*`"
     root = Path(root).expanduser()
@@ -149,7 +149,7 @@ def _listing(root):
     for s in ('train', 'test'):
         files[s] = []
         for j, c in enumerate(vocab):
-            fs = sorted((e.path, e.stat().st_size, int(e.stat().st_mtime)) for e in os.scandir(root/s/c) if e.is_file() and not e.name.startswith('.')) if (root/s/c).is_dir() else []
+            fs = sorted((e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(root/s/c) if e.is_file() and not e.name.startswith('.')) if (root/s/c).is_dir() else []
             if not fs: raise ValueError(f'No images in {root/s/c}')
             files[s] += [(j, *f) for f in fs]
     return files, vocab
@@ -158,6 +158,7 @@ def _decode(path, size):
     "An image file as a uint8 RGB array (3, h, w)"
     try:
         with Image.open(path) as im:
+            if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode}: more than 8 bits a channel would be cut off')
             im = ImageOps.exif_transpose(im).convert('RGB')
             return np.asarray(im if size is None else ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f'Not a readable image: {path} ({e})') from e
@@ -182,7 +183,7 @@ def load_folder(
     if arrays['train'].shape[1:] != arrays['test'].shape[1:]: raise ValueError(f'Images in train/ and test/ of {root} differ in size. Give a size to resize them to (--size)')
     return tuple(ArrayDataset(arrays[s], [f[0] for f in files[s]], vocab) for s in ('train', 'test'))
 
-# %% ../nbs/04_data.ipynb #fe16c725
+# %% ../nbs/04_data.ipynb #cddcc3f5
 def data_root() -> Path:
     "Where data sets are looked for and downloaded to: `$BALMS_DATA`, or `~/.balms/data`"
     return Path(os.environ.get('BALMS_DATA') or Path.home()/'.balms'/'data')
@@ -192,6 +193,9 @@ def _load_cifar(name, root):
     if (root/name/'train').is_dir(): return load_folder(root/name)
     import torchvision
     cls = getattr(torchvision.datasets, name.upper())
+    try:
+        if not (root/cls.base_folder).is_dir(): cls(root, download=True)
+    except RuntimeError as e: raise OSError(f'{name} could not be had in {root}: {e}') from e
     files = sorted((root/cls.base_folder).glob('*'))
     def make():
         sets = {s: cls(root, train=s == 'train', download=True) for s in ('train', 'test')}
@@ -208,17 +212,20 @@ def load_data(
     size:int=None, # For a folder: side to resize the images to
 ) -> tuple: # (train, test) as `ArrayDataset`s
     "A whole data set by name or path, not yet thinned. Raises `ValueError` with the choices for an unknown name."
-    if str(data) in DATASETS: return DATASETS[str(data)](root)
+    if str(data) in DATASETS:
+        if size: raise ValueError(f'size is for folders of images; {data} has its own')
+        return DATASETS[str(data)](root)
     if Path(data).expanduser().exists() or os.sep in str(data): return load_folder(data, size)
     raise ValueError(f'Unknown data set {str(data)!r}: choose from {", ".join(DATASETS)}, or give the path of a folder')
 
-# %% ../nbs/04_data.ipynb #c9e07274
+# %% ../nbs/04_data.ipynb #5e47c41e
 class ShuffledIndices:
     "Endless shuffled passes over `n` indices, `bs` at a time: instance-balanced sampling without replacement."
     def __init__(self, n:int, seed:int=0): # Number of samples; seed of the order
         self.n, self.gen, self.pos = n, torch.Generator().manual_seed(seed), n
     def draw(self, bs:int) -> torch.Tensor: # int64 (bs,)
         "The next `bs` indices"
+        if not self.n: raise ValueError('There are no images to draw from')
         out = []
         while bs:
             if self.pos == self.n: self.perm, self.pos = torch.randperm(self.n, generator=self.gen), 0

@@ -31,14 +31,17 @@ from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFli
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal
 from .models import MODELS, get_model, body_fc
 
-# %% ../nbs/12_recipes.ipynb #a7176db5
+# %% ../nbs/12_recipes.ipynb #8caf1348
 @dataclass(frozen=True)
 class Method:
     "What a row of the paper's tables does differently from the others"
     title: str # As in the tables
     loss: object = None # Class counts -> loss module for training; None: nothing is trained, `stage1`'s model is evaluated
-    stage1: str = None # The method whose trained model this one starts from
+    stage1: str = None # Without a loss: the method whose trained model is evaluated
     adjust: object = None # (logits, counts) -> logits, at evaluation
+
+    def __post_init__(self):
+        if bool(self.loss) == bool(self.stage1): raise ValueError(f'{self.title}: a method has either a loss to train with, or a stage1 whose model it takes')
 
 METHODS = dict(
     softmax    = Method('Softmax', loss=lambda counts: nn.CrossEntropyLoss()),
@@ -56,7 +59,7 @@ _digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift', thr
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #a73951a0
+# %% ../nbs/12_recipes.ipynb #4cba8ae0
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -82,12 +85,14 @@ class Recipe:
 
     def __post_init__(self):
         fill = lambda **kw: [object.__setattr__(self, k, v) for k, v in kw.items() if getattr(self, k) is None]
+        object.__setattr__(self, 'data', str(self.data))
         fill(preset='paper' if self.data in ('cifar10', 'cifar100') else 'small', imbalance=IMBALANCE.get(self.data))
         if self.data == 'digits' and self.preset != 'small': raise ValueError(f"digits have the preset 'small' only, not {self.preset!r}")
         for name, choices in (('method', METHODS), ('preset', PRESETS)): self._known(name, choices)
         fill(**self.defaults)
         for name, choices in (('model', MODELS), ('augment', AUGMENTS), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
-        if self.imbalance is not None: _imbalance(self.imbalance)
+        if self.imbalance is not None and float(_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
+        if self.size and self.data in DATASETS: raise ValueError(f'size is for folders of images; {self.data} has its own')
         for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1)):
             if getattr(self, name) is not None and getattr(self, name) < low: raise ValueError(f'{name} must be {low} or more, not {getattr(self, name)}')
 
@@ -97,7 +102,7 @@ class Recipe:
     def defaults(self): return _digits if self.data == 'digits' else PRESETS[self.preset]
     @property
     def changed(self): # What differs from the preset
-        return {k: getattr(self, k) for k, v in {'precision': 'float32', 'split_seed': 0, 'threads': None, **self.defaults}.items() if getattr(self, k) != v}
+        return {k: getattr(self, k) for k, v in {'precision': 'float32', 'split_seed': 0, 'threads': None, 'size': None, **self.defaults}.items() if getattr(self, k) != v}
     @property
     def key(self): # A name for this run, different for different recipes
         digest = zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
@@ -137,7 +142,7 @@ class TrainOnly(Callback):
     def after_batch(self): self.recorder.losses.clear(); self.recorder.lrs.clear()   # small tensors between large ones keep freed memory from being used again
     def before_validate(self): raise CancelValidException()
 
-# %% ../nbs/12_recipes.ipynb #5f427c9e
+# %% ../nbs/12_recipes.ipynb #a58a5a26
 class Checkpoint(Callback):
     "Saves the state of training every `every` seconds and when it is stopped; takes up a saved state when training begins."
     order = 100                                                     # after mixed precision has made its scaler
@@ -145,7 +150,7 @@ class Checkpoint(Callback):
         self.path, self.about, self.every, self.stop_at = path, about, every, stop_at
         self.saved = torch.load(path, map_location='cpu', weights_only=True) if path.exists() else dict(step=0, seconds=0., about=about)
         if self.saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
-        self.step, self.seconds = self.saved['step'], self.saved['seconds']
+        self.step, self.seconds, self.stop, self.handlers = self.saved['step'], self.saved['seconds'], False, {}
 
     def _scaler(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
     def state(self):
@@ -158,9 +163,12 @@ class Checkpoint(Callback):
         if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
         if s['scaler']: self._scaler().load_state_dict(s['scaler'])
 
+    def release(self):
+        "Give back the signal handlers"
+        while self.handlers: signal.signal(*self.handlers.popitem())
     def before_fit(self):
         if 'model' in self.saved: self.restore(self.saved)
-        self.stop, self.began, self.last, self.handlers = False, time.time(), time.time(), {}
+        self.began = self.last = time.time()
         if threading.current_thread() is threading.main_thread(): self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
     def _stop(self, *_):
         if self.stop: raise KeyboardInterrupt                       # asked twice: do not wait for the step to end
@@ -171,11 +179,9 @@ class Checkpoint(Callback):
         self.stop = self.stop or self.step == self.stop_at
         if self.stop or time.time() - self.last > self.every: _save(self.path, self.state()); self.last = time.time()
         if self.stop: raise CancelFitException()
-    def after_fit(self):
-        self.seconds += time.time() - self.began
-        for s, h in self.handlers.items(): signal.signal(s, h)
+    def after_fit(self): self.seconds += time.time() - self.began
 
-# %% ../nbs/12_recipes.ipynb #c49c9f9d
+# %% ../nbs/12_recipes.ipynb #bbb164fa
 def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
@@ -191,6 +197,10 @@ def _learner(recipe, train, test, counts, device):
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
+def _finite(learn, recipe):
+    if all(p.isfinite().all() for p in learn.model.parameters()): return learn
+    raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {recipe.lr} too high?')
+
 def _train(recipe, folder, train, test, counts, device, progress=False, every=30., stop_at=None):
     "The trained `Learner` of a recipe and its seconds of training; from `folder` what is there already"
     learn, done = _learner(recipe, train, test, counts, device), folder/'model.pt'
@@ -198,18 +208,20 @@ def _train(recipe, folder, train, test, counts, device, progress=False, every=30
     ckpt = Checkpoint(done if done.exists() else folder/'checkpoint.pt', about, every, stop_at)
     if ckpt.step == recipe.iters:
         learn.model.load_state_dict(ckpt.saved['model'])
-        return learn, ckpt.seconds
+        return _finite(learn, recipe), ckpt.seconds
     folder.mkdir(parents=True, exist_ok=True)
     learn.dls.train.n_batches = recipe.iters - ckpt.step
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
-    with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
-    if ckpt.step < recipe.iters: raise Interrupted(f'Stopped after step {ckpt.step} of {recipe.iters}. The same command goes on from there')
-    if not all(p.isfinite().all() for p in learn.model.parameters()): raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {recipe.lr} too high?')
+    try:
+        with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
+    finally: ckpt.release()
+    if ckpt.stop: raise Interrupted(f'Stopped after step {ckpt.step} of {recipe.iters}. The same command goes on from there')
+    _finite(learn, recipe)
     _save(done, dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=learn.model.state_dict()))
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     return learn, ckpt.seconds
 
-# %% ../nbs/12_recipes.ipynb #31188026
+# %% ../nbs/12_recipes.ipynb #a2341ebe
 def _environment(device):
     "What a number depends on besides the recipe"
     try: commit = subprocess.run(['git', '-C', Path(__file__).parent if '__file__' in globals() else '.', 'describe', '--always', '--dirty', '--exclude=*'], capture_output=True, text=True, timeout=10).stdout.strip()
@@ -220,13 +232,17 @@ def _environment(device):
 
 def read_ledger(path) -> list: # One dict a finished run
     "The rows of a ledger; an empty list if there is none"
-    return [json.loads(l) for l in Path(path).read_text().splitlines() if l.strip()] if Path(path).exists() else []
+    rows, path = [], Path(path)
+    for i, line in enumerate(path.read_text().splitlines() if path.exists() else []):
+        try: rows.append(json.loads(line))
+        except ValueError as e: raise ValueError(f'{path}, line {i + 1} is not a row of a ledger: {e}') from e
+    return rows
 
 def _append(path, row):
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/12_recipes.ipynb #00ddf727
+# %% ../nbs/12_recipes.ipynb #594d2d84
 def evaluate(
     logits, # Of the test set (n, k)
     targs, # True labels (n,)
@@ -251,9 +267,13 @@ def run(
     out = Path(out).expanduser()
     try: out.mkdir(parents=True, exist_ok=True); (out/'ledger.jsonl').open('a').close()
     except OSError as e: raise OSError(f'Cannot write to the output folder {out}: {e.strerror}') from e
+    train, test = load_data(recipe.data, root, recipe.size)
+    train = long_tail(train, recipe.imbalance, recipe.split_seed)
     for row in read_ledger(out/'ledger.jsonl'):
-        if row['key'] == recipe.key: return row
-    with _threads(recipe.threads): row = _run(recipe, out, root, torch.device(device or default_device()), progress, stop_at)
+        if row['key'] == recipe.key:
+            if row['train_crc'] != data_crc(train): raise ValueError(f'{out/"ledger.jsonl"} has this recipe measured on other images than {recipe.data} has now. Use another output folder')
+            return row
+    with _threads(recipe.threads): row = _run(recipe, out, train, test, torch.device(device or default_device()), progress, stop_at)
     _append(out/'ledger.jsonl', row)
     return row
 
@@ -265,12 +285,10 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-def _run(recipe, out, root, device, progress, stop_at):
-    "The row of the ledger: data, training, one evaluation"
+def _run(recipe, out, train, test, device, progress, stop_at):
+    "The row of the ledger: training, one evaluation"
     if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
-    train, test = load_data(recipe.data, root, recipe.size)
-    train, method = long_tail(train, recipe.imbalance, recipe.split_seed), METHODS[recipe.method]
-    counts = class_counts(train)
+    method, counts = METHODS[recipe.method], class_counts(train)
     trained = recipe if method.loss else replace(recipe, method=method.stage1)
     learn, seconds = _train(trained, out/trained.key, train, test, counts, device, progress, stop_at=stop_at)
     with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
@@ -278,7 +296,7 @@ def _run(recipe, out, root, device, progress, stop_at):
     return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1),
                 counts=counts.tolist(), train_crc=data_crc(train), **_environment(device))
 
-# %% ../nbs/12_recipes.ipynb #ce5ef15d
+# %% ../nbs/12_recipes.ipynb #6a6858b6
 PAPER = { # Ren et al. 2020, Table 5: top-1 accuracy in %, mean and standard error over 3 runs
     ('cifar10', 200): dict(softmax=(71.2, .3), bs_quarter=(71.6, .7), bs=(79.0, .8)), ('cifar100', 200): dict(softmax=(41.0, .3), bs_quarter=(41.9, .2), bs=(45.9, .3)),
     ('cifar10', 100): dict(softmax=(77.4, .8), bs_quarter=(78.4, .9), bs=(83.1, .4)), ('cifar100', 100): dict(softmax=(45.3, .3), bs_quarter=(46.4, .7), bs=(50.3, .3)),
@@ -296,7 +314,7 @@ def summary(
 ) -> dict: # {(data, imbalance, preset and changes): {method: dict(n=seeds, seconds=, overall=(mean, se), ...)}}
     "Mean and standard error over seeds, by data set, imbalance, preset and method"
     groups = {}
-    for r in rows:
+    for r in {r['key']: r for r in rows}.values():                    # a recipe counts once, its last row
         p, c = r['recipe'], ', '.join(f'{k}={v}' for k, v in r['changed'].items())
         groups.setdefault((p['data'], p['imbalance'], p['preset'] + (f' ({c})' if c else '')), {}).setdefault(p['method'], []).append(r)
     known = list(METHODS)
@@ -327,7 +345,7 @@ def format_table(
         out.append('\n'.join([(f'**{_title(data, imb, preset)}**\n' if markdown else _title(data, imb, preset)), *lines]))
     return '\n\n'.join(out) or 'The ledger is empty.'
 
-# %% ../nbs/12_recipes.ipynb #40ddfdcf
+# %% ../nbs/12_recipes.ipynb #f9e94eb2
 def plot_runs(
     rows:list, # Rows of a ledger with one data set, imbalance and preset
     path=None, # Save the figure here
@@ -335,13 +353,13 @@ def plot_runs(
     "Per-class accuracy and p(y) of each method, mean over seeds"
     by = {}
     for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
-    if len(g := {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']) for r in rows}) != 1: raise ValueError(f'One data set, imbalance and preset a figure; got {sorted(map(str, g))}')
+    if len(g := {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], str(r['changed'])) for r in rows}) != 1: raise ValueError(f'One data set, imbalance, preset and set of changes a figure; got {sorted(map(str, g))}')
     mean = lambda k: {METHODS[m].title: torch.tensor([r[k] for r in by[m]]).mean(0) for m in METHODS if m in by}
     fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
     plot_per_class(mean('per_class'), rows[0]['counts'], axs[0])
     plot_marginal(mean('p_y'), rows[0]['counts'], axs[1])
     n = max(map(len, by.values()))
-    fig.suptitle(_title(*g.pop()) + f', mean over {n} seed' + 's'*(n > 1), fontsize=9)
+    fig.suptitle(_title(*g.pop()[:3]) + f', mean over {n} seed' + 's'*(n > 1), fontsize=9)
     fig.tight_layout()
     if path: fig.savefig(path); plt.close(fig)
     return fig

@@ -48,6 +48,7 @@ def main():
         ok &= ratio <= LIMIT
         print(f'({n:5}, {k:5})  F.cross_entropy {1e6*ce:8.0f} us   BalancedSoftmax {1e6*bs:8.0f} us   ratio {ratio:.2f}  [{lo:.2f}, {hi:.2f}]')
     print(f'all at most {LIMIT}: {"yes" if ok else "NO"}')
+    return 0 if ok else 1
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': raise SystemExit(main())

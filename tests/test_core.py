@@ -2,6 +2,7 @@
 import itertools, shutil, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+import balms.core as core
 from balms.core import (BalancedSigmoid, BalancedSoftmax, adjust_logits, balanced_softmax_loss, class_counts, log_odds_prior, log_prior)
 
 COUNTS = [5000, 900, 120, 20, 3]
@@ -160,6 +161,59 @@ def test_bad_targets(loss):
     with pytest.raises(ValueError, match='input'): f(x, torch.zeros(3).long())
 
 
+@pytest.mark.parametrize('kind', ('index', 'index_2d'))
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_the_way_of_large_logits(dtype, kind, monkeypatch):
+    "The second way through the code, forced on small logits: values and gradients of `F.cross_entropy`"
+    monkeypatch.setattr(core, '_large_on_cpu', lambda x: not torch._C._are_functorch_transforms_active())
+    shift = log_prior(COUNTS).view(1, K, *[1]*(2*(kind == 'index_2d')))
+    for reduction, ignore, weighted, ydtype in itertools.product(('mean', 'sum', 'none'), (-100, 2), (False, True), (torch.long, torch.uint8)):
+        if ydtype == torch.uint8:
+            if kind == 'index_2d': continue                                     # nor does `F.cross_entropy` take it
+            ignore = max(ignore, 0)
+        x, y = make(kind, dtype, ignore)
+        y = y.to(ydtype)
+        kw = dict(reduction=reduction, ignore_index=ignore)
+        w = torch.rand(K) + .1 if weighted else None
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        la = balanced_softmax_loss(a, y, COUNTS, weight=w, **kw)
+        z = b + shift
+        lb = F.cross_entropy(z, y.long(), None if w is None else w.to(z.dtype), **kw)
+        torch.testing.assert_close(la, lb)
+        g = torch.rand_like(la)
+        (la*g).sum().backward(); (lb*g).sum().backward()
+        tol = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+        torch.testing.assert_close(a.grad, b.grad, rtol=tol, atol=tol)
+
+
+def test_large_logits_all_ignored_and_batched_gradients():
+    x, y = torch.randn(300, 1000, requires_grad=True), torch.full((300,), -100)
+    assert core._large_on_cpu(x)
+    l = balanced_softmax_loss(x, y, [5]*1000)
+    l.backward()
+    ref = x.detach().clone().requires_grad_()
+    F.cross_entropy(ref, y).backward()
+    assert l.isnan() and torch.equal(x.grad.nan_to_num(7), ref.grad.nan_to_num(7))                 # as `F.cross_entropy`
+    y = torch.randint(1000, (300,))
+    for loss in (lambda x: balanced_softmax_loss(x, y, [5]*1000, reduction='none'), lambda x: F.cross_entropy(x, y, reduction='none')):
+        gs = torch.autograd.grad(loss(x)[:3], x, torch.eye(3), is_grads_batched=True)[0]
+        assert gs.shape == (3, 300, 1000) and gs.isfinite().all()
+
+
+@pytest.mark.parametrize('large', (False, True))
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_class_weights_in_any_precision(dtype, large):
+    n = 300 if large else 8
+    k = 1000 if large else K
+    x, y, w = torch.randn(n, k).to(dtype), torch.randint(k, (n,)), torch.rand(k) + .1
+    counts = torch.randint(1, 99, (k,))
+    want = F.cross_entropy(x.double() + log_prior(counts), y, w.double())
+    for loss in (BalancedSoftmax(counts, weight=w), BalancedSoftmax(counts, weight=w).half(), BalancedSoftmax(counts, weight=w).double()):
+        assert loss.weight.dtype == torch.float32
+        torch.testing.assert_close(loss(x, y).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(balanced_softmax_loss(x, y, counts, weight=w.to(dtype)).double(), F.cross_entropy(x.double() + log_prior(counts), y, w.to(dtype).double()), rtol=1e-5, atol=1e-5)
+
+
 def test_large_logits_take_the_same_value():
     "The way without an extra array (large, CPU) against the plain one"
     x, y, n = torch.randn(400, 500), torch.randint(500, (400,)), torch.randint(1, 9999, (500,))
@@ -190,4 +244,5 @@ def test_from_dls_does_not_open_images(tmp_path):
         dls = DataLoaders(TfmdDL(dsets.train, bs=2, num_workers=0), TfmdDL(dsets.valid, bs=2, num_workers=0))
         write(image=False)
         assert class_counts(dls).tolist() == [8, 3, 1]
-    assert torch.equal(BalancedSoftmax.from_dls(dls).shift, log_prior([8, 3, 1]))
+        assert torch.equal(BalancedSoftmax.from_dls(dls).shift, log_prior([8, 3, 1]))
+        assert torch.equal(BalancedSigmoid.from_dls(dls).shift, log_odds_prior([8, 3, 1], total=12))   # samples, not labels

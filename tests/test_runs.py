@@ -18,7 +18,7 @@ def test_main_job(tmp_path):
     r = call('balms_train', '--iters', 30, '--seeds', 2, '--device', 'cpu', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert 'Softmax' in r.stdout and 'Balanced Softmax' in r.stdout and '±' in r.stdout and 'preset small (iters=30)' in r.stdout
-    assert Image.open(tmp_path/'runs/digits-50-small.png').size[0] > 500
+    assert Image.open(tmp_path/'runs/digits-50-small-iters=30.png').size[0] > 500
     rows = ledger(tmp_path)
     assert [(x['recipe']['method'], x['recipe']['seed']) for x in rows] == [('softmax', 0), ('bs', 0), ('softmax', 1), ('bs', 1)]
     assert rows[0]['torch'] == torch.__version__ and rows[0]['device'] == 'cpu' and rows[0]['counts'][0] == 128
@@ -72,7 +72,7 @@ def test_own_folder(tmp_path):
     assert ledger(tmp_path)[-1]['counts'] == [40, 20, 10]
     r = call('balms_train', *args, '--size', 16, '--imbalance', 20, cwd=tmp_path, BALMS_CACHE=str(tmp_path/'c'))
     assert r.returncode == 0 and ledger(tmp_path)[-1]['counts'] == [40, 8, 2]
-    assert (tmp_path/'runs/photos-own-small.png').exists() and (tmp_path/'runs/photos-20-small.png').exists()
+    assert {f.name for f in (tmp_path/'runs').glob('*.png')} == {f'photos-{t}-small-size=16-iters=12.png' for t in ('own', '20')}
 
 
 @pytest.mark.parametrize('args,message', [
@@ -91,12 +91,33 @@ def test_other_images_under_the_same_recipe_are_refused(tmp_path, monkeypatch):
     r = Recipe('photos', method='softmax', size=8, iters=4)
     run(r, device='cpu')
     (tmp_path/'photos/train/dark/0.png').unlink()
-    with pytest.raises(ValueError, match='other images'): run(Recipe('photos', method='posthoc', size=8, iters=4), device='cpu')
+    for method in ('posthoc', 'softmax'):                                    # the model, and the row of the ledger
+        with pytest.raises(ValueError, match='other images'): run(Recipe('photos', method=method, size=8, iters=4), device='cpu')
+
+
+def test_a_run_that_fails_gives_the_signals_back(tmp_path, monkeypatch):
+    from balms import recipes
+    monkeypatch.setattr(torch.nn.functional, 'cross_entropy', lambda *a, **k: 1/0)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError): recipes.run(recipes.Recipe(method='softmax', iters=4), tmp_path, device='cpu')
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_diverged_run_never_reaches_the_ledger(tmp_path):
+    from balms.recipes import Interrupted, Recipe, run
+    r = Recipe(iters=20, lr=1e6, warmup=0)
+    with pytest.raises(Interrupted): run(r, tmp_path, device='cpu', stop_at=20)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match='diverged'): run(r, tmp_path, device='cpu')
+    assert (tmp_path/'ledger.jsonl').read_text() == ''
 
 
 def test_table_without_ledger(tmp_path):
     r = call('balms_table', cwd=tmp_path)
     assert r.returncode == 2 and 'balms_train makes one' in r.stderr
+    (tmp_path/'runs').mkdir(); (tmp_path/'runs/ledger.jsonl').write_text('{"torn')
+    r = call('balms_table', cwd=tmp_path)
+    assert r.returncode == 2 and 'ledger.jsonl, line 1' in r.stderr and 'Traceback' not in r.stderr
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
