@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 
            'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'CropFlip', 'Cutout', 'AutoAugmentCutout',
            'ArrayDL', 'array_dls']
 
-# %% ../nbs/04_data.ipynb #561bc7c0
+# %% ../nbs/04_data.ipynb #8a757335
 import json, math, os, zlib, tempfile
 from zipfile import BadZipFile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from fastai.data.transforms import Category, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, default_device
 from fastai.vision.core import TensorImage, TensorImageBW
 import fastai.vision.data                              # how to show images in a batch
+from fastcore.basics import patch
 from .core import class_counts
 
 # %% ../nbs/04_data.ipynb #bf2cce6d
@@ -275,7 +276,7 @@ class AutoAugmentCutout:
         return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
     def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
 
-# %% ../nbs/04_data.ipynb #f48f0e68
+# %% ../nbs/04_data.ipynb #21e10fe9
 class ArrayDL(TfmdDL):
     "A fastai `DataLoader` over an `ArrayDataset` held on the device; indices are drawn when a batch is asked for."
     def __init__(self,
@@ -299,19 +300,6 @@ class ArrayDL(TfmdDL):
         if not self.shuffle: return super().__len__()
         return self.n_batches or max(1, round(len(self.dataset)/self.bs))
 
-    def _gen(self):
-        "The augmentation's generator, made where the images are"
-        if getattr(self, 'gen', None) is None or self.gen.device.type != self.device.type: self.gen = torch.Generator(self.device).manual_seed(self.seed)
-        return self.gen
-
-    def batch(self, idxs) -> tuple: # (TensorImage, TensorCategory), before `after_batch`
-        "The images and labels at `idxs`, augmented if `shuffle` is on"
-        ds = self.dataset.to(self.device)
-        if isinstance(idxs, torch.Tensor): idxs = idxs.to(self.device, non_blocking=True)
-        x, y = ds.batch(idxs)
-        if self.shuffle and self.augment is not None: x = type(x)(self.augment(x.as_subclass(torch.Tensor), self._gen()))
-        return x, y
-
     def __iter__(self):
         self.before_iter()
         idxs = None if self.shuffle else torch.as_tensor(list(self.get_idxs()))
@@ -324,8 +312,33 @@ class ArrayDL(TfmdDL):
         same = dict(sampler=self.sampler, augment=self.augment, n_batches=self.n_batches, seed=self.seed) if dataset is None else {}
         return super().new(dataset, cls, **{**same, **kwargs})
 
-    def state_dict(self): return dict(sampler=self.sampler.state_dict(), gen=self._gen().get_state())
-    def load_state_dict(self, s): self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu())
+# %% ../nbs/04_data.ipynb #b7935f0d
+@patch
+def _gen(self:ArrayDL):
+    "The augmentation's generator, made where the images are"
+    if getattr(self, 'gen', None) is None or self.gen.device.type != self.device.type: self.gen = torch.Generator(self.device).manual_seed(self.seed)
+    return self.gen
+
+@patch
+def batch(self:ArrayDL,
+    idxs, # Indices (b,) or a slice
+) -> tuple: # (TensorImage, TensorCategory), before `after_batch`
+    "The images and labels at `idxs`, augmented if `shuffle` is on"
+    ds = self.dataset.to(self.device)
+    if isinstance(idxs, torch.Tensor): idxs = idxs.to(self.device, non_blocking=True)
+    x, y = ds.batch(idxs)
+    if self.shuffle and self.augment is not None: x = type(x)(self.augment(x.as_subclass(torch.Tensor), self._gen()))
+    return x, y
+
+@patch
+def state_dict(self:ArrayDL):
+    "All that decides the batches to come: the sampler's state and the generator's"
+    return dict(sampler=self.sampler.state_dict(), gen=self._gen().get_state())
+
+@patch
+def load_state_dict(self:ArrayDL, s):
+    "Go on from a `state_dict`"
+    self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu())
 
 # %% ../nbs/04_data.ipynb #3bdecf69
 def array_dls(

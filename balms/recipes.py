@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'SCORES', 'Me
            'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run', 'mean_se', 'summary',
            'format_table', 'plot_runs']
 
-# %% ../nbs/12_recipes.ipynb #09fade4e
+# %% ../nbs/12_recipes.ipynb #2e2c6d8c
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
@@ -25,7 +25,7 @@ from fastai.callback.fp16 import MixedPrecision, AMPMode
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from .core import BalancedSoftmax, adjust_logits, class_counts
 from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFlip, AutoAugmentCutout
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal
@@ -59,7 +59,7 @@ _digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift', thr
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #4cba8ae0
+# %% ../nbs/12_recipes.ipynb #20593e39
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -98,15 +98,24 @@ class Recipe:
 
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
-    @property
-    def defaults(self): return _digits if self.data == 'digits' else PRESETS[self.preset]
-    @property
-    def changed(self): # What differs from the preset
-        return {k: getattr(self, k) for k, v in {'precision': 'float32', 'split_seed': 0, 'threads': None, 'size': None, **self.defaults}.items() if getattr(self, k) != v}
-    @property
-    def key(self): # A name for this run, different for different recipes
-        digest = zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
-        return f'{Path(self.data).name}-{"own" if self.imbalance is None else f"{self.imbalance:g}"}-{self.preset}-{self.method}-{self.seed}-{digest:08x}'
+
+# %% ../nbs/12_recipes.ipynb #00c551b7
+@patch(as_prop=True)
+def defaults(self:Recipe) -> dict:
+    "What the preset says for this data set"
+    return _digits if self.data == 'digits' else PRESETS[self.preset]
+
+@patch(as_prop=True)
+def changed(self:Recipe) -> dict:
+    "What differs from the preset"
+    same = {'precision': 'float32', 'split_seed': 0, 'threads': None, 'size': None, **self.defaults}
+    return {k: getattr(self, k) for k, v in same.items() if getattr(self, k) != v}
+
+@patch(as_prop=True)
+def key(self:Recipe) -> str:
+    "A name for the run, different for different recipes"
+    digest = zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
+    return f'{Path(self.data).name}-{"own" if self.imbalance is None else f"{self.imbalance:g}"}-{self.preset}-{self.method}-{self.seed}-{digest:08x}'
 
 # %% ../nbs/12_recipes.ipynb #4320ba41
 def warmup_cosine(
