@@ -230,12 +230,16 @@ def _train(recipe, folder, train, test, counts, device, progress=False, every=30
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     return learn, ckpt.seconds
 
-# %% ../nbs/12_recipes.ipynb #a2341ebe
+# %% ../nbs/12_recipes.ipynb #0b78e040
+def _commit():
+    "The commit of the balms checkout that this code stands in, '-dirty' if it was changed since; None outside of one"
+    git = lambda *a: subprocess.run(['git', '-C', Path(balms.__file__).parent, *a], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    try: return git('describe', '--always', '--dirty', '--exclude=*') if (Path(git('rev-parse', '--show-toplevel'))/'nbs'/'12_recipes.ipynb').exists() else None
+    except (OSError, subprocess.SubprocessError): return None
+
 def _environment(device):
     "What a number depends on besides the recipe"
-    try: commit = subprocess.run(['git', '-C', Path(__file__).parent if '__file__' in globals() else '.', 'describe', '--always', '--dirty', '--exclude=*'], capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError): commit = ''
-    return dict(balms=balms.__version__, commit=commit or None, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version(),
+    return dict(balms=balms.__version__, commit=_commit(), torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version(),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, threads=torch.get_num_threads(),
                 date=datetime.now(timezone.utc).date().isoformat())
 

@@ -138,3 +138,14 @@ def test_progress_bar_on_a_terminal_only(tmp_path):
     (tmp_path/'pipe').mkdir()
     r = call('balms_train', *args, cwd=tmp_path/'pipe')
     assert r.returncode == 0 and '\r' not in r.stdout + r.stderr and '150/150' not in r.stdout
+
+
+def test_a_foreign_repository_is_not_the_commit(tmp_path):
+    "Installed inside somebody else's git repository, a row must not name that repository's commit"
+    import shutil, balms
+    shutil.copytree(os.path.dirname(balms.__file__), tmp_path/'balms')
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b', '-C', str(tmp_path)]
+    for a in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'theirs']): subprocess.run([*git, *a], check=True)
+    code = 'from balms.recipes import _commit; import balms; print(balms.__file__, _commit())'
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**ENV, 'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert r.stdout.split() == [str(tmp_path/'balms'/'__init__.py'), 'None']
