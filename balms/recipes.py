@@ -59,7 +59,7 @@ _digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift', thr
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #20593e39
+# %% ../nbs/12_recipes.ipynb #6c976416
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -81,7 +81,7 @@ class Recipe:
     nesterov: bool = None # Nesterov momentum
     augment: str = None # A name in `AUGMENTS`
     precision: str = 'float32' # Or 'bfloat16', 'float16': automatic mixed precision
-    threads: int = None # CPU threads; default: torch's own number. Tiny networks are faster with one, and the same everywhere
+    threads: int = None # CPU threads; default: torch's own number
 
     def __post_init__(self):
         fill = lambda **kw: [object.__setattr__(self, k, v) for k, v in kw.items() if getattr(self, k) is None]
@@ -190,7 +190,7 @@ class Checkpoint(Callback):
         if self.stop: raise CancelFitException()
     def after_fit(self): self.seconds += time.time() - self.began
 
-# %% ../nbs/12_recipes.ipynb #bbb164fa
+# %% ../nbs/12_recipes.ipynb #2c46602b
 def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
@@ -206,7 +206,9 @@ def _learner(recipe, train, test, counts, device):
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
+# %% ../nbs/12_recipes.ipynb #8dae916c
 def _finite(learn, recipe):
+    "`learn`, or an error if its weights are not finite"
     if all(p.isfinite().all() for p in learn.model.parameters()): return learn
     raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {recipe.lr} too high?')
 
