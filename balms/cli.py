@@ -10,7 +10,7 @@ import argparse, os, sys
 from dataclasses import fields
 from pathlib import Path
 
-# %% ../nbs/13_cli.ipynb #7dfab5c8
+# %% ../nbs/13_cli.ipynb #b5245436
 def _fail(command, e):
     "An error of the user's as one line, without a traceback"
     print(f'{command}: error: {e}', file=sys.stderr)
@@ -27,24 +27,27 @@ def _parser():
     p.add_argument('--seeds', type=int, default=3, help='number of runs a method, with seeds 0, 1, ...  [3]')
     p.add_argument('--preset', help=f'{", ".join(PRESETS)}  [CIFAR: paper; else small]')
     p.add_argument('--iters', type=int, help="training steps  [the preset's]")
+    p.add_argument('--iters2', type=int, help="training steps of the classifier, for methods with a second stage  [the preset's]")
+    p.add_argument('--views', type=int, help='train the second stage on a bank of features of this many augmented views  [0: on images]')
     p.add_argument('--precision', default='float32', help='float32, bfloat16 or float16  [float32]')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps  [cuda if there is one]')
     p.add_argument('--out', default='runs', help='folder for models, the ledger and figures  [runs]')
     return p
 
-# %% ../nbs/13_cli.ipynb #2a20c80d
+# %% ../nbs/13_cli.ipynb #72426e8c
 def balms_train(argv=None):
     "Train by recipe, print the table and save the figure. Exit status: 0 done, 2 bad input, 130 stopped."
     import warnings
     if argv is None: warnings.filterwarnings('ignore', category=FutureWarning)       # of the libraries underneath
     args = _parser().parse_args(argv)
-    from balms.recipes import Interrupted, Recipe, run, read_ledger, format_table, plot_runs
+    from balms.recipes import METHODS, Interrupted, Recipe, run, read_ledger, format_table, plot_runs
     import matplotlib
     if argv is None: matplotlib.use('Agg')
     out, keys = Path(args.out), []
     try:
         if args.seeds < 1: raise ValueError(f'--seeds must be 1 or more, not {args.seeds}')
-        recipes = [Recipe(args.data, args.imbalance, m, args.preset, seed, size=args.size, iters=args.iters, precision=args.precision) for seed in range(args.seeds) for m in args.method]
+        second = lambda m: dict(iters2=args.iters2, views=args.views) if m in METHODS and METHODS[m].two_stages else {}
+        recipes = [Recipe(args.data, args.imbalance, m, args.preset, seed, size=args.size, iters=args.iters, precision=args.precision, **second(m)) for seed in range(args.seeds) for m in args.method]
         for i, r in enumerate(recipes):
             row = run(r, out, args.root, _device(args.device), progress=sys.stdout.isatty())
             print(f'[{i + 1}/{len(recipes)}] {r.data} {r.method} seed {r.seed}: {row["overall"]:.1f} % in {row["seconds"]:.0f} s', flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 'long_tail', 'load_digits', 'cache_dir', 'cached',
            'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'CropFlip', 'Cutout', 'AutoAugmentCutout',
-           'ArrayDL', 'array_dls']
+           'ArrayDL', 'FeatureBank', 'array_dls']
 
 # %% ../nbs/04_data.ipynb #8a757335
 import json, math, os, zlib, tempfile
@@ -40,7 +40,7 @@ def long_tail_counts(
                                  f'the largest class has {n_max} images, so {n_max} is the largest imbalance')
     return ns
 
-# %% ../nbs/04_data.ipynb #0f9775c2
+# %% ../nbs/04_data.ipynb #fb8156a4
 class ArrayDataset:
     "Images as one uint8 array (n, channels, height, width), their labels, and the names of the classes."
     n_inp = 1
@@ -50,11 +50,13 @@ class ArrayDataset:
         vocab=None, # Names of the k classes; default: '0', '1', ...
     ):
         self.images = torch.as_tensor(images)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4: raise ValueError(f'images must be uint8 (n, c, h, w); got {self.images.dtype} {tuple(self.images.shape)}')
+        self._check()
         self.targets = torch.zeros(len(self.images), dtype=torch.long) if targets is None else torch.as_tensor(targets).long()
         if self.targets.shape != self.images.shape[:1]: raise ValueError(f'{len(self.images)} images, but targets of shape {tuple(self.targets.shape)}')
         self.vocab = [str(i) for i in range(int(self.targets.max()) + 1 if len(self.targets) else 1)] if vocab is None else list(vocab)
 
+    def _check(self):
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4: raise ValueError(f'images must be uint8 (n, c, h, w); got {self.images.dtype} {tuple(self.images.shape)}')
     @property
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.images)
@@ -276,7 +278,7 @@ class AutoAugmentCutout:
         return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
     def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
 
-# %% ../nbs/04_data.ipynb #21e10fe9
+# %% ../nbs/04_data.ipynb #a3eaaa23
 class ArrayDL(TfmdDL):
     "A fastai `DataLoader` over an `ArrayDataset` held on the device; indices are drawn when a batch is asked for."
     def __init__(self,
@@ -308,7 +310,7 @@ class ArrayDL(TfmdDL):
         self.after_iter()
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is not None and not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(dataset, vocab=self.dataset.vocab)
+        if dataset is not None and not isinstance(dataset, ArrayDataset): dataset = type(self.dataset)(dataset, vocab=self.dataset.vocab)
         same = dict(sampler=self.sampler, augment=self.augment, n_batches=self.n_batches, seed=self.seed) if dataset is None else {}
         return super().new(dataset, cls, **{**same, **kwargs})
 
@@ -340,7 +342,15 @@ def load_state_dict(self:ArrayDL, s):
     "Go on from a `state_dict`"
     self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu())
 
-# %% ../nbs/04_data.ipynb #3bdecf69
+# %% ../nbs/04_data.ipynb #8bff524a
+class FeatureBank(ArrayDataset):
+    "Features (n, d), floating point, in place of images, with labels and class names"
+    def _check(self):
+        if self.images.ndim != 2 or not self.images.is_floating_point(): raise ValueError(f'features must be floating point (n, d); got {self.images.dtype} {tuple(self.images.shape)}')
+    def batch(self, i): return self.images[i], TensorCategory(self.targets[i])
+    def decode(self, o, full=True): return o
+
+# %% ../nbs/04_data.ipynb #99de08dd
 def array_dls(
     train:ArrayDataset, # Training images
     test:ArrayDataset, # Images to validate on
@@ -352,11 +362,13 @@ def array_dls(
     seed:int=0, # Of the order and of the augmentation
     device=None, # Default: fastai's `default_device`
 ) -> DataLoaders:
-    "fastai `DataLoaders` of in-memory images, normalised by the mean and standard deviation of the training images."
+    "fastai `DataLoaders` of in-memory images, normalised by the mean and standard deviation of the training images; of features as they are."
     device = torch.device(device or default_device())
-    px = train.images.float()/255
-    mean, std = px.mean((0, 2, 3)), px.std((0, 2, 3)).clamp_min(1e-3)
-    after = lambda: [IntToFloatTensor(), Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False)]
+    after = list
+    if not isinstance(train, FeatureBank):
+        px = train.images.float()/255
+        mean, std = px.mean((0, 2, 3)), px.std((0, 2, 3)).clamp_min(1e-3)
+        after = lambda: [IntToFloatTensor(), Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False)]
     tdl = ArrayDL(train, bs, shuffle=True, sampler=sampler, augment=augment, n_batches=n_batches, seed=seed, device=device, after_batch=after())
     vdl = ArrayDL(test, test_bs, device=device, after_batch=after())
     for dl, i in ((tdl, 0), (vdl, 1)): dl.dataset.split_idx = i; dl.to(device)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'SCORES', 'Method', 'Recipe', 'warmup_cosine', 'Schedule',
            'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run', 'mean_se', 'summary',
-           'format_table', 'plot_runs']
+           'format_table', 'plot_runs', 'plot_rates']
 
-# %% ../nbs/12_recipes.ipynb #2e2c6d8c
+# %% ../nbs/12_recipes.ipynb #227a4d22
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
@@ -28,38 +28,59 @@ from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
 from .core import BalancedSoftmax, adjust_logits, class_counts
 from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFlip, AutoAugmentCutout
-from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal
-from .models import MODELS, get_model, body_fc
+from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
+from .decoupled import ClassifierOnly, feature_bank, _head_opt
+from .meta import MetaReweighter, MetaSampler
+from .models import MODELS, get_model, body_fc, find_classifier
+from .samplers import ClassSampler, sampling_rates
 
-# %% ../nbs/12_recipes.ipynb #8caf1348
+# %% ../nbs/12_recipes.ipynb #79e66ec3
 @dataclass(frozen=True)
 class Method:
     "What a row of the paper's tables does differently from the others"
     title: str # As in the tables
     loss: object = None # Class counts -> loss module for training; None: nothing is trained, `stage1`'s model is evaluated
-    stage1: str = None # Without a loss: the method whose trained model is evaluated
+    stage1: str = None # The method whose trained model it starts from: its classifier alone is trained again
     adjust: object = None # (logits, counts) -> logits, at evaluation
+    rates: float = 1. # Classes are drawn at rates n_c^rates: 1 instance-balanced, 0 class-balanced
+    meta: type = None # `MetaSampler` or `MetaReweighter`
 
     def __post_init__(self):
-        if bool(self.loss) == bool(self.stage1): raise ValueError(f'{self.title}: a method has either a loss to train with, or a stage1 whose model it takes')
+        if not (self.loss or self.stage1): raise ValueError(f'{self.title}: a method has a loss to train with, or a stage1 whose model it takes')
+        if not self.loss and (self.meta or self.rates != 1): raise ValueError(f'{self.title}: rates and meta are for a method that trains with a loss')
 
+    @property
+    def two_stages(self) -> bool: return bool(self.loss and self.stage1)
+
+_ce, _quarter = lambda counts: nn.CrossEntropyLoss(), partial(BalancedSoftmax, tau=.25)
+_dt = partial(Method, stage1='softmax')
 METHODS = dict(
-    softmax    = Method('Softmax', loss=lambda counts: nn.CrossEntropyLoss()),
-    bs         = Method('Balanced Softmax', loss=BalancedSoftmax),
-    bs_quarter = Method('Balanced Softmax 1/4', loss=partial(BalancedSoftmax, tau=.25)),
-    posthoc    = Method('Softmax, post-hoc adjusted', stage1='softmax', adjust=adjust_logits),
+    softmax          = Method('Softmax', _ce),
+    cbs              = Method('CBS', _ce, rates=0.),
+    bs_quarter       = Method('Balanced Softmax 1/4', _quarter),
+    bs               = Method('Balanced Softmax', BalancedSoftmax),
+    posthoc          = _dt('Softmax, post-hoc adjusted', adjust=adjust_logits),
+    crt              = _dt('cRT', _ce, rates=0.),
+    bs_quarter_dt    = _dt('Balanced Softmax 1/4 + DT', _quarter),
+    bs_quarter_dt_ms = _dt('Balanced Softmax 1/4 + DT + MS', _quarter, meta=MetaSampler),
+    bs_dt            = _dt('Balanced Softmax + DT', BalancedSoftmax),
+    bs_cbs_dt        = _dt('Balanced Softmax + CBS + DT', BalancedSoftmax, rates=0.),
+    dt_ms            = _dt('DT + MS', _ce, meta=MetaSampler),
+    bs_dt_mr         = _dt('Balanced Softmax + DT + MR', BalancedSoftmax, meta=MetaReweighter),
+    balms            = _dt('BALMS', BalancedSoftmax, meta=MetaSampler),
 )
 
-# %% ../nbs/12_recipes.ipynb #3f099126
+# %% ../nbs/12_recipes.ipynb #0fe0c7d4
 _cifar = dict(model='resnet32', iters=13000, bs=512, lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True, augment='autoaugment_cutout')
 _small = dict(_cifar, model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip')
-PRESETS = dict(paper=_cifar, code=dict(_cifar, nesterov=False, iters=12400), small=_small)
-_digits = dict(_small, model='small_cnn', iters=600, bs=64, augment='shift', threads=1)   # the preset `small` of the digits
+_second = dict(iters2=2000, lr2=.1, views=0, bn_drift=False, meta_lr=.01, meta_beta2=.99, init_pow=0.)
+PRESETS = dict(paper=dict(_cifar, **_second), code=dict(_cifar, nesterov=False, iters=12400, **dict(_second, bn_drift=True, meta_beta2=.999)), small=dict(_small, **dict(_second, iters2=400)))
+_digits = dict(PRESETS['small'], model='small_cnn', iters=600, bs=64, augment='shift', threads=1)   # the preset `small` of the digits
 
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #6c976416
+# %% ../nbs/12_recipes.ipynb #6c3b33a2
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -82,6 +103,13 @@ class Recipe:
     augment: str = None # A name in `AUGMENTS`
     precision: str = 'float32' # Or 'bfloat16', 'float16': automatic mixed precision
     threads: int = None # CPU threads; default: torch's own number
+    iters2: int = None # Stage 2: training steps of the classifier
+    lr2: float = None # Stage 2: learning rate at its start; then cosine to 0
+    views: int = None # Stage 2: train on a bank of features of this many augmented views; 0: on images
+    bn_drift: bool = None # Stage 2: let the statistics of batch normalisation go on
+    meta_lr: float = None # Learning rate of the class rates
+    meta_beta2: float = None # Adam's beta2 for them; beta1 is 0.9
+    init_pow: float = None # Their starting point, see `ClassRates`
 
     def __post_init__(self):
         fill = lambda **kw: [object.__setattr__(self, k, v) for k, v in kw.items() if getattr(self, k) is None]
@@ -90,20 +118,22 @@ class Recipe:
         if self.data == 'digits' and self.preset != 'small': raise ValueError(f"digits have the preset 'small' only, not {self.preset!r}")
         for name, choices in (('method', METHODS), ('preset', PRESETS)): self._known(name, choices)
         fill(**self.defaults)
+        if extra := [k for k in _second if getattr(self, k) is not None and k not in self.defaults]: raise ValueError(f'{", ".join(extra)}: the method {self.method!r} has no second stage')
         for name, choices in (('model', MODELS), ('augment', AUGMENTS), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
         if self.imbalance is not None and float(_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
         if self.size and self.data in DATASETS: raise ValueError(f'size is for folders of images; {self.data} has its own')
-        for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1)):
+        for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1), ('iters2', 1), ('views', 0)):
             if getattr(self, name) is not None and getattr(self, name) < low: raise ValueError(f'{name} must be {low} or more, not {getattr(self, name)}')
 
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
 
-# %% ../nbs/12_recipes.ipynb #00c551b7
+# %% ../nbs/12_recipes.ipynb #bc82a6a7
 @patch(as_prop=True)
 def defaults(self:Recipe) -> dict:
-    "What the preset says for this data set"
-    return _digits if self.data == 'digits' else PRESETS[self.preset]
+    "What the preset says for this data set and method"
+    preset = _digits if self.data == 'digits' else PRESETS[self.preset]
+    return {k: v for k, v in preset.items() if k not in _second or METHODS[self.method].two_stages}
 
 @patch(as_prop=True)
 def changed(self:Recipe) -> dict:
@@ -114,8 +144,15 @@ def changed(self:Recipe) -> dict:
 @patch(as_prop=True)
 def key(self:Recipe) -> str:
     "A name for the run, different for different recipes"
-    digest = zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
+    said = {k: v for k, v in asdict(self).items() if k not in _second or v is not None}
+    digest = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     return f'{Path(self.data).name}-{"own" if self.imbalance is None else f"{self.imbalance:g}"}-{self.preset}-{self.method}-{self.seed}-{digest:08x}'
+
+@patch(as_prop=True)
+def first(self:Recipe) -> Recipe:
+    "The recipe of its stage 1; methods that start from the same one share it"
+    stage1 = METHODS[self.method].stage1
+    return replace(self, method=stage1, **dict.fromkeys(_second)) if stage1 else self
 
 # %% ../nbs/12_recipes.ipynb #4320ba41
 def warmup_cosine(
@@ -151,7 +188,7 @@ class TrainOnly(Callback):
     def after_batch(self): self.recorder.losses.clear(); self.recorder.lrs.clear()   # small tensors between large ones keep freed memory from being used again
     def before_validate(self): raise CancelValidException()
 
-# %% ../nbs/12_recipes.ipynb #a58a5a26
+# %% ../nbs/12_recipes.ipynb #256c9a34
 class Checkpoint(Callback):
     "Saves the state of training every `every` seconds and when it is stopped; takes up a saved state when training begins."
     order = 100                                                     # after mixed precision has made its scaler
@@ -161,16 +198,18 @@ class Checkpoint(Callback):
         if self.saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
         self.step, self.seconds, self.stop, self.handlers = self.saved['step'], self.saved['seconds'], False, {}
 
+    def _others(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')]
     def _scaler(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
     def state(self):
         return dict(about=self.about, step=self.step, seconds=self.seconds + time.time() - self.began, model=self.model.state_dict(), opt=self.opt.state_dict(),
                     data=self.dls.train.state_dict(), rng=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                    scaler=self._scaler().state_dict() if self._scaler() else {})
+                    scaler=self._scaler().state_dict() if self._scaler() else {}, cbs={cb.name: cb.state_dict() for cb in self._others()})
     def restore(self, s):
         self.model.load_state_dict(s['model']); self.opt.load_state_dict(s['opt']); self.dls.train.load_state_dict(s['data'])
         torch.set_rng_state(s['rng'])
         if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
         if s['scaler']: self._scaler().load_state_dict(s['scaler'])
+        for cb in self._others(): cb.load_state_dict(s['cbs'][cb.name])
 
     def release(self):
         "Give back the signal handlers"
@@ -190,7 +229,7 @@ class Checkpoint(Callback):
         if self.stop: raise CancelFitException()
     def after_fit(self): self.seconds += time.time() - self.began
 
-# %% ../nbs/12_recipes.ipynb #2c46602b
+# %% ../nbs/12_recipes.ipynb #6e4f1592
 def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
@@ -198,39 +237,72 @@ def data_crc(ds) -> int:
 def _learner(recipe, train, test, counts, device):
     "A `Learner` for a recipe: network, batches, loss and optimiser, all from its seed"
     torch.manual_seed(recipe.seed)
-    dls = array_dls(train, test, bs=recipe.bs, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
+    method = METHODS[recipe.method]
+    sampler = None if method.rates == 1 else ClassSampler(train, sampling_rates(counts, method.rates), recipe.seed, train.c, device=device)
+    dls = array_dls(train, test, bs=recipe.bs, sampler=sampler, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd)
-    learn = Learner(dls, get_model(recipe.model, train.c, train.images.shape[1]).to(dls.device), loss_func=METHODS[recipe.method].loss(counts).to(dls.device),
+    learn = Learner(dls, get_model(recipe.model, train.c, train.images.shape[1]).to(dls.device), loss_func=method.loss(counts).to(dls.device),
                     opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=ChannelsLast())
     learn.create_mbar, learn.logger = False, noop
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
-# %% ../nbs/12_recipes.ipynb #8dae916c
+# %% ../nbs/12_recipes.ipynb #569a7064
 def _finite(learn, recipe):
     "`learn`, or an error if its weights are not finite"
     if all(p.isfinite().all() for p in learn.model.parameters()): return learn
     raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {recipe.lr} too high?')
 
-def _train(recipe, folder, train, test, counts, device, progress=False, every=30., stop_at=None):
-    "The trained `Learner` of a recipe and its seconds of training; from `folder` what is there already"
-    learn, done = _learner(recipe, train, test, counts, device), folder/'model.pt'
-    about = dict(recipe=json.dumps(asdict(recipe), sort_keys=True), train_crc=data_crc(train))
+def _fit(learn, recipe, folder, iters, lr_at, crc, cbs=(), trained=None, progress=False, every=30., stop_at=None):
+    "Train for `iters` steps, from what is in `folder`, and keep all of `trained` there. What was saved at the end: seconds, learned r"
+    done, trained = folder/'model.pt', learn if trained is None else trained
+    about = dict(recipe=json.dumps(asdict(recipe), sort_keys=True), train_crc=crc)
     ckpt = Checkpoint(done if done.exists() else folder/'checkpoint.pt', about, every, stop_at)
-    if ckpt.step == recipe.iters:
-        learn.model.load_state_dict(ckpt.saved['model'])
-        return _finite(learn, recipe), ckpt.seconds
+    if ckpt.path == done:
+        trained.model.load_state_dict(ckpt.saved['model'])
+        _finite(trained, recipe)
+        return ckpt.saved
     folder.mkdir(parents=True, exist_ok=True)
-    learn.dls.train.n_batches = recipe.iters - ckpt.step
-    lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
+    learn.dls.train.n_batches = iters - ckpt.step
     try:
-        with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
+        with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[*cbs, Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
     finally: ckpt.release()
-    if ckpt.stop: raise Interrupted(f'Stopped after step {ckpt.step} of {recipe.iters}. The same command goes on from there')
-    _finite(learn, recipe)
-    _save(done, dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=learn.model.state_dict()))
+    if ckpt.stop: raise Interrupted(f'Stopped after step {ckpt.step} of {iters}. The same command goes on from there')
+    _finite(trained, recipe)
+    r = next((cb.psi.r.tolist() for cb in cbs if hasattr(cb, 'psi')), None)
+    saved = dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=trained.model.state_dict(), r=r)
+    _save(done, saved)
     (folder/'checkpoint.pt').unlink(missing_ok=True)
-    return learn, ckpt.seconds
+    return saved
+
+# %% ../nbs/12_recipes.ipynb #76c4c990
+def _stage1(recipe, out, train, test, counts, device, crc, **kwargs):
+    "The trained `Learner` of a recipe without a second stage, and what was saved"
+    learn = _learner(recipe, train, test, counts, device)
+    lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
+    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, [METHODS[recipe.method].meta()] if METHODS[recipe.method].meta else (), **kwargs)
+
+def _on_features(learn, recipe, head):
+    "A `Learner` of the classifier alone, on a bank of features, with the settings of `learn`"
+    bank, sampler = feature_bank(learn, recipe.views), learn.dls.train.sampler
+    if isinstance(sampler, ClassSampler): sampler = ClassSampler(bank, sampler.rates, recipe.seed, bank.c, device=bank.images.device)
+    else: sampler = None
+    dls = array_dls(bank, bank, bs=recipe.bs, sampler=sampler, seed=recipe.seed, device=learn.dls.device)
+    inner = Learner(dls, head, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=recipe.lr2, wd_bn_bias=True, train_bn=False)
+    inner.create_mbar, inner.logger = False, noop
+    return inner
+
+def _stage2(recipe, out, train, test, counts, device, crc, **kwargs):
+    "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
+    method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, device)
+    learn.model.load_state_dict(torch.load(out/recipe.first.key/'model.pt', map_location=device, weights_only=True)['model'])
+    head = find_classifier(learn.model)
+    head.reset_parameters()
+    cbs = [method.meta(lr=recipe.meta_lr, betas=(.9, recipe.meta_beta2), init_pow=recipe.init_pow, seed=recipe.seed)] if method.meta else []
+    inner = learn if not recipe.views else _on_features(learn, recipe, head)
+    if inner is learn: learn.opt, cbs = _head_opt(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
+    lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
+    return learn, _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, cbs, learn, **kwargs)
 
 # %% ../nbs/12_recipes.ipynb #0b78e040
 def _commit():
@@ -257,7 +329,7 @@ def _append(path, row):
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/12_recipes.ipynb #594d2d84
+# %% ../nbs/12_recipes.ipynb #bb30821d
 def evaluate(
     logits, # Of the test set (n, k)
     targs, # True labels (n,)
@@ -276,7 +348,7 @@ def run(
     root=None, # Where a named data set lies; default: `balms.data.data_root`
     device=None, # Default: CUDA if there is one
     progress:bool=False, # Show a progress bar
-    stop_at:int=None, # Stop after this step and raise `Interrupted`, as Ctrl-C does
+    stop_at:int=None, # Stop after this step (of both stages together) and raise `Interrupted`, as Ctrl-C does
 ) -> dict: # The row of the ledger
     "Train by a recipe, evaluate once on the last weights, append a row to `out/ledger.jsonl`. Takes up what an interrupted run left."
     out = Path(out).expanduser()
@@ -303,20 +375,30 @@ def _threads(n):
 def _run(recipe, out, train, test, device, progress, stop_at):
     "The row of the ledger: training, one evaluation"
     if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
-    method, counts = METHODS[recipe.method], class_counts(train)
-    trained = recipe if method.loss else replace(recipe, method=method.stage1)
-    learn, seconds = _train(trained, out/trained.key, train, test, counts, device, progress, stop_at=stop_at)
+    method, counts, crc = METHODS[recipe.method], class_counts(train), data_crc(train)
+    first = recipe.first
+    args, later = (out, train, test, counts, device, crc), stop_at is not None and method.two_stages and stop_at > first.iters
+    learn, saved = _stage1(first, *args, progress=progress, stop_at=None if later else stop_at)
+    seconds = saved['seconds']
+    if method.two_stages:
+        learn, saved = _stage2(recipe, *args, progress=progress, stop_at=stop_at - first.iters if later else None)
+        seconds += saved['seconds']
     with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
     if method.adjust: logits = method.adjust(logits, counts)
-    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1),
-                counts=counts.tolist(), train_crc=data_crc(train), **_environment(device))
+    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
+                counts=counts.tolist(), train_crc=crc, **_environment(device))
 
-# %% ../nbs/12_recipes.ipynb #6a6858b6
-PAPER = { # Ren et al. 2020, Table 5: top-1 accuracy in %, mean and standard error over 3 runs
-    ('cifar10', 200): dict(softmax=(71.2, .3), bs_quarter=(71.6, .7), bs=(79.0, .8)), ('cifar100', 200): dict(softmax=(41.0, .3), bs_quarter=(41.9, .2), bs=(45.9, .3)),
-    ('cifar10', 100): dict(softmax=(77.4, .8), bs_quarter=(78.4, .9), bs=(83.1, .4)), ('cifar100', 100): dict(softmax=(45.3, .3), bs_quarter=(46.4, .7), bs=(50.3, .3)),
-    ('cifar10', 10): dict(softmax=(90.0, .2), bs_quarter=(90.5, .1), bs=(90.9, .4)), ('cifar100', 10): dict(softmax=(61.9, .1), bs_quarter=(62.6, .3), bs=(63.1, .2)),
-}
+# %% ../nbs/12_recipes.ipynb #92375cb9
+_COLUMNS = [(data, imbalance) for data in ('cifar10', 'cifar100') for imbalance in (200, 100, 10)]
+_TABLE = dict( # Ren et al. 2020, Table 5 and, for CBS and cRT, Table 2: top-1 accuracy in %, mean and standard error over 3 runs
+    softmax          = (71.2, .3, 77.4, .8, 90.0, .2, 41.0, .3, 45.3, .3, 61.9, .1), cbs       = (68.3, .3, 77.8, 2.2, 90.2, .2, 37.8, .1, 42.6, .4, 61.2, .3),
+    bs_quarter       = (71.6, .7, 78.4, .9, 90.5, .1, 41.9, .2, 46.4, .7, 62.6, .3), bs        = (79.0, .8, 83.1, .4, 90.9, .4, 45.9, .3, 50.3, .3, 63.1, .2),
+    crt              = (76.6, .2, 82.0, .2, 91.0, .0, 44.5, .1, 50.0, .2, 63.3, .1), bs_quarter_dt = (72.2, .1, 79.1, .2, 90.2, .0, 42.3, .0, 46.1, .1, 62.5, .1),
+    bs_quarter_dt_ms = (76.2, .4, 81.4, .1, 91.0, .1, 44.1, .2, 49.2, .1, 62.8, .2), bs_dt     = (78.6, .1, 83.7, .1, 91.2, .0, 45.1, .0, 50.4, .0, 63.4, .0),
+    bs_cbs_dt        = (80.6, .1, 84.8, .0, 91.2, .1, 42.0, .0, 47.4, .2, 62.3, .0), dt_ms     = (73.6, .2, 79.9, .4, 90.9, .1, 44.2, .1, 49.2, .1, 63.0, .0),
+    bs_dt_mr         = (79.2, .0, 84.1, .0, 91.2, .1, 45.3, .3, 50.8, .0, 63.5, .1), balms     = (81.5, .0, 84.9, .1, 91.3, .1, 45.5, .1, 50.8, .0, 63.0, .1),
+)
+PAPER = {c: {m: (v[2*i], v[2*i + 1]) for m, v in _TABLE.items()} for i, c in enumerate(_COLUMNS)} # {(data, imbalance): {method: (mean, standard error)}}
 SCORES = ('overall', 'many', 'medium', 'few', 'ece')
 
 def mean_se(values) -> tuple: # (mean, standard error), nan where there are too few values
@@ -360,21 +442,41 @@ def format_table(
         out.append('\n'.join([(f'**{_title(data, imb, preset)}**\n' if markdown else _title(data, imb, preset)), *lines]))
     return '\n\n'.join(out) or 'The ledger is empty.'
 
-# %% ../nbs/12_recipes.ipynb #f9e94eb2
+# %% ../nbs/12_recipes.ipynb #b3087434
+def _by_method(rows):
+    "Rows by method, and what they have in common; an error if that is not one set of runs"
+    by, same = {}, {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], str(r['changed'])) for r in rows}
+    if len(same) != 1: raise ValueError(f'One data set, imbalance, preset and set of changes a figure; got {sorted(map(str, same))}')
+    for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
+    n = max(map(len, by.values()))
+    mean = lambda k: {METHODS[m].title: torch.tensor([r[k] for r in by[m]]).mean(0) for m in METHODS if m in by and k in by[m][0]}
+    return mean, _title(*same.pop()[:3]) + f', mean over {n} seed' + 's'*(n > 1)
+
+def _finish(fig, title, path):
+    fig.suptitle(title, fontsize=9)
+    fig.tight_layout()
+    if path: fig.savefig(path); plt.close(fig)
+    return fig
+
 def plot_runs(
     rows:list, # Rows of a ledger with one data set, imbalance and preset
     path=None, # Save the figure here
 ):
     "Per-class accuracy and p(y) of each method, mean over seeds"
-    by = {}
-    for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
-    if len(g := {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], str(r['changed'])) for r in rows}) != 1: raise ValueError(f'One data set, imbalance, preset and set of changes a figure; got {sorted(map(str, g))}')
-    mean = lambda k: {METHODS[m].title: torch.tensor([r[k] for r in by[m]]).mean(0) for m in METHODS if m in by}
+    mean, title = _by_method(rows)
     fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
     plot_per_class(mean('per_class'), rows[0]['counts'], axs[0])
     plot_marginal(mean('p_y'), rows[0]['counts'], axs[1])
-    n = max(map(len, by.values()))
-    fig.suptitle(_title(*g.pop()[:3]) + f', mean over {n} seed' + 's'*(n > 1), fontsize=9)
-    fig.tight_layout()
-    if path: fig.savefig(path); plt.close(fig)
-    return fig
+    return _finish(fig, title, path)
+
+def plot_rates(
+    rows:list, # Rows of a ledger with one data set, imbalance and preset; some with learned rates
+    path=None, # Save the figure here
+):
+    "Learned r_c by class, and p(y) of each method, mean over seeds (Ren et al. 2020, supplement Fig. 3, and Fig. 2)"
+    mean, title = _by_method(rows)
+    if not mean('r'): raise ValueError('None of these rows has learned rates: run a method with a Meta Sampler or Meta Reweighter')
+    fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
+    _curves(mean('r'), rows[0]['counts'], axs[0], 'Learned r by class', 'r').set_ylim(0, 1)
+    plot_marginal(mean('p_y'), rows[0]['counts'], axs[1])
+    return _finish(fig, title, path)
