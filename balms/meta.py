@@ -440,7 +440,7 @@ def _first(self:_Meta, y):
         raise ValueError("The model's output is not that of its last linear layer, so the closed form does not hold: use backprop='autograd'")
     self.checked = True
 
-# %% ../nbs/09_meta.ipynb #f15953c1
+# %% ../nbs/09_meta.ipynb #ca2b829e
 @patch
 def state_dict(self:_Meta) -> dict:
     "The rates, Adam's state, the generators and the history"
@@ -450,6 +450,7 @@ def state_dict(self:_Meta) -> dict:
 @patch
 def load_state_dict(self:_Meta, s):
     "Go on from a `state_dict`, after fit has begun once"
+    self.meta_iter = None
     if len(s['w']) != len(self.psi.w): raise ValueError(f'The saved rates are of {len(s["w"])} classes, the data have {len(self.psi.w)}')
     with torch.no_grad(): self.psi.w.copy_(s['w'])
     self.psi_opt.load_state_dict(s['adam']); self.gen.set_state(s['gen'].cpu()); self.meta_dl.load_state_dict(s['meta'])
@@ -467,7 +468,7 @@ def plot(self:_Meta, ax=None, title='Learned r_c by class'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/09_meta.ipynb #b48eecdd
+# %% ../nbs/09_meta.ipynb #60cf1fac
 @delegates(_Meta.__init__)
 class MetaSampler(_Meta):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
@@ -493,7 +494,7 @@ class MetaSampler(_Meta):
         if isinstance(self.dls.train, ArrayDL): self.dls.train.sampler = self.was
         else: self.dls.loaders[0] = self.was
     def _weights(self, y): return None
-    def _updated(self): self.sampler.set_rates(self.rates)
+    def _updated(self): self.sampler.set_rates(self.rates, check=False)
 
     def _gradient(self, credit, y):
         soft, (rank, world) = None, _ranks()

@@ -334,3 +334,56 @@ def test_mixed_precision_on_cuda():
         getattr(learn, fp)()
         fit(learn, cbs=[ClassifierOnly(), cb])
         assert cb.psi.w.isfinite().all() and cb.psi.w.abs().sum() > 0
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A folder of small images, 60/20/6 for training, that fastai loads"
+    from PIL import Image
+    import numpy as np
+    root, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    for split, counts in (('train', (60, 20, 6)), ('valid', (8, 8, 8))):
+        for c, n in enumerate(counts):
+            (root/split/f'class{c}').mkdir(parents=True)
+            for i in range(n): Image.fromarray(((rng.random((16, 16, 3))*.5 + np.eye(3)[c]*.5)*255).astype(np.uint8)).save(root/split/f'class{c}'/f'{i}.png')
+    return root
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_vision_learner_over_files_with_workers(photos, workers):
+    from fastai.vision.all import ImageDataLoaders, aug_transforms, resnet18, vision_learner
+    torch.manual_seed(0)
+    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=16, num_workers=workers, batch_tfms=aug_transforms(size=16), device='cpu')
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, loss_func=BalancedSoftmax.from_dls(dls))
+    train, cb = dls.train, MetaSampler(lr=.1)
+    frozen = {n: p.clone() for n, p in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit_classifier(2, 1e-3, cbs=cb)
+    moved = [n for n, p in learn.model.state_dict().items() if not torch.equal(p, frozen[n])]
+    assert moved == ['1.8.weight'] and cb.psi.w.abs().sum() > 0 and cb.n_steps == 2*round(86/16)
+    assert cb.staleness == 2*workers and learn.dls.train is train
+    with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, 1e-3, views=1, cbs=MetaReweighter()); learn.validate()
+
+
+def test_everything_trained_by_vision_learner(photos):
+    "Batch normalisation in training mode, dropout, in-place ReLUs, max pooling: the derivative goes through all of it"
+    from fastai.vision.all import ImageDataLoaders, resnet18, vision_learner
+    torch.manual_seed(0)
+    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=16, num_workers=0, device='cpu')
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, loss_func=BalancedSoftmax.from_dls(dls))
+    learn.unfreeze()
+    cb = MetaSampler(lr=.1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cb)
+    assert cb.head is None and cb.psi.w.isfinite().all() and cb.psi.w.abs().sum() > 0
+
+
+def test_loaders_that_cannot_change_their_rates(photos):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): yield from ((torch.zeros(5), 0) for _ in range(64))
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    dls = DataLoaders(DataLoader(Stream(), bs=8, n=64), DataLoader(Stream(), bs=8, n=64))
+    learn = Learner(dls, linear(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
+    with pytest.raises(ValueError, match='needs a loader whose images can be drawn by class'): learn.fit(1, cbs=MetaSampler())
+    torch_dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(40, 5), torch.arange(40) % 4), 8)
+    learn = Learner(DataLoaders(torch_dl, torch_dl), linear(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
+    with pytest.raises(ValueError, match='needs a loader whose images can be drawn by class'): learn.fit(1, cbs=MetaSampler())
