@@ -19,7 +19,7 @@ from .core import _plain
 from .data import ArrayDL, FeatureBank
 from .models import classifier_input, find_classifier
 
-# %% ../nbs/11_decoupled.ipynb #2ac6da57
+# %% ../nbs/11_decoupled.ipynb #72860529
 class ClassifierOnly(Callback):
     "Train the last linear layer alone: the rest has no gradients and stands in evaluation mode (Kang et al. 2020)"
     order, run_valid = 40, False
@@ -28,10 +28,11 @@ class ClassifierOnly(Callback):
 
     def before_fit(self):
         head = find_classifier(self.model)
-        self.before = {p: p.requires_grad for p in self.model.parameters()}
+        self.before = self.before or {p: p.requires_grad for p in self.model.parameters()}
         own = set(head.parameters())
         for p in self.before: p.requires_grad_(p in own)
     def before_train(self):
+        self.before_fit()                                            # validation in between thaws
         if self.bn_drift: return
         self.model.eval()
         find_classifier(self.model).train()

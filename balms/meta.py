@@ -196,7 +196,7 @@ def autograd_credit(
     if average: meta = [average(g) for g in meta]
     return torch.func.jvp(lambda *ps: losses(list(ps)), tuple(p.detach() for p in params), tuple(pull(meta)))[1]
 
-# %% ../nbs/09_meta.ipynb #66529d10
+# %% ../nbs/09_meta.ipynb #aa6c8ee1
 class _Meta(Callback):
     "What `MetaSampler` and `MetaReweighter` share"
     order, run_valid = 60, False                                     # after mixed precision and the wrapping of the model
@@ -209,16 +209,17 @@ class _Meta(Callback):
         count_pow:float=1., # Meaning of equal rates, see `ClassRates`
         meta_bs:int=None, # Images of a meta batch; default: those of a training batch
         meta_ds=None, # Data set the meta batches come from; default: the training set. Held-out data are an advantage: say so beside results
+        labels=None, # Labels of the training images (n,), for a data set that does not say them
         seed:int=0, # Of the draws
         record:int=50, # Steps between two entries of `history`
     ):
         for name, v, known in (('inner', inner, ('optimizer', 'sgd')), ('backprop', backprop, ('auto', 'closed', 'autograd'))):
             if v not in known: raise ValueError(f'{name} must be {" or ".join(map(repr, known))}, not {v!r}')
         self.adam, self.inner, self.backprop, self.start = dict(lr=lr, betas=betas), inner, backprop, dict(init_pow=init_pow, count_pow=count_pow)
-        self.meta_bs, self.meta_ds, self.seed, self.record = meta_bs, meta_ds, seed, record
+        self.meta_bs, self.meta_ds, self.labels, self.seed, self.record = meta_bs, meta_ds, labels, seed, record
         self.psi, self.history, self.n_steps, self.handle, self.warned = None, [], 0, None, False
 
-# %% ../nbs/09_meta.ipynb #f074313c
+# %% ../nbs/09_meta.ipynb #1a8784c9
 @patch
 def _check(self:_Meta):
     "Raise `ValueError` for what cannot work"
@@ -230,11 +231,16 @@ def _check(self:_Meta):
     dl = self.dls.train
     if not isinstance(dl, (ArrayDL, TfmdDL)) or not hasattr(dl.dataset, '__len__'):
         raise ValueError(f'{name} needs a loader whose images can be drawn by class: an ArrayDL, or a fastai loader over a data set with a length, not {type(dl).__name__} over {type(dl.dataset).__name__}')
-    k = getattr(self.dls, 'c', None)
-    try: counts = class_counts(dl.dataset, k)
-    except TypeError as e: raise ValueError(f'{name}: no class counts, since the training set does not say its labels ({e})') from e
+    try: counts = class_counts(self._labels(), getattr(self.dls, 'c', None))
+    except TypeError as e: raise ValueError(f'{name}: no class counts, since the training set does not say its labels. Give them: {name}(labels=...)') from e
+    if self.labels is not None and len(self.labels) != len(dl.dataset): raise ValueError(f'{name}: {len(self.labels)} labels for {len(dl.dataset)} training images')
     if (counts == 0).any(): raise ValueError(f'{name}: no images, so no meta images, of classes {_few(counts == 0)}')
     return counts
+
+@patch
+def _labels(self:_Meta):
+    "Where the labels of the training set stand"
+    return self.dls.train.dataset if self.labels is None else self.labels
 
 @patch
 def _find(self:_Meta, k):
@@ -264,15 +270,16 @@ def _average(t):
     if n > 1: dist.all_reduce(t); t /= n
     return t
 
-# %% ../nbs/09_meta.ipynb #5c77c53e
+# %% ../nbs/09_meta.ipynb #ebcccb34
 @patch
 def _meta_loader(self:_Meta, counts, device):
     "Endless class-balanced batches of the meta set"
     dl, (rank, world), k = self.dls.train, _ranks(), len(counts)
     ds, bs = dl.dataset if self.meta_ds is None else self.meta_ds, self.meta_bs or dl.bs
-    n = class_counts(ds, k)
+    labels = self._labels() if self.meta_ds is None else ds
+    n = class_counts(labels, k)
     if (n == 0).any(): raise ValueError(f'{type(self).__name__}: no meta images of classes {_few(n == 0)}')
-    sampler = ClassSampler(ds, sampling_rates(n, 0.), self.seed + 1, k, rank=rank, world_size=world, device=device if isinstance(dl, ArrayDL) else 'cpu')
+    sampler = ClassSampler(labels, sampling_rates(n, 0.), self.seed + 1, k, rank=rank, world_size=world, device=device if isinstance(dl, ArrayDL) else 'cpu')
     if isinstance(dl, ArrayDL): self.meta_dl = dl.new(ds, sampler=sampler, bs=bs, augment=dl.augment, seed=self.seed + 1 + 1000*rank)
     else: self.meta_dl = SampledDL.from_dl(dl if self.meta_ds is None else dl.new(ds), sampler, bs=bs)
     self.meta_iter = None
@@ -288,9 +295,11 @@ def _meta_batch(self:_Meta):
     b = to_device(b, self.psi.w.device)
     return [_plain(x) if isinstance(x, Tensor) else x for x in b[:n]], _plain(b[n]).long()
 
-# %% ../nbs/09_meta.ipynb #6592ac1b
+# %% ../nbs/09_meta.ipynb #24d2522b
 @patch
 def before_fit(self:_Meta):
+    self.trying = None
+    if hasattr(self.dls.train.dataset, '__len__') and not len(self.dls.train.dataset): return      # an exported learner predicts
     counts = self._check()
     self._find(len(counts))
     device = next(self.net.parameters()).device
@@ -301,9 +310,9 @@ def before_fit(self:_Meta):
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), fused=device.type in ('cpu', 'cuda'), **self.adam)
         self._meta_loader(counts, device)
         self._ready(counts, device)
-    self.rates = self.psi.rates()
+    self.rates, self.checked = self.psi.rates(), False
     self._install()
-    self.checked, self.trying = False, deepcopy(self.state_dict()) if hasattr(self.learn, 'lr_finder') else None
+    if hasattr(self.learn, 'lr_finder'): self.trying = deepcopy(self.state_dict())
 
 @patch
 def after_fit(self:_Meta):
@@ -314,6 +323,7 @@ def after_fit(self:_Meta):
 @patch
 def before_train(self:_Meta):
     self.after_train()
+    self._install()
     self.handle = self.head.register_forward_hook(self._keep) if self.head else None
 
 @patch
@@ -468,7 +478,7 @@ def plot(self:_Meta, ax=None, title='Learned r_c by class'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/09_meta.ipynb #60cf1fac
+# %% ../nbs/09_meta.ipynb #0f60c1cc
 @delegates(_Meta.__init__)
 class MetaSampler(_Meta):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
@@ -484,14 +494,17 @@ class MetaSampler(_Meta):
 
     def _ready(self, counts, device):
         dl, (rank, world) = self.dls.train, _ranks()
-        self.sampler = ClassSampler(dl.dataset, self.psi.rates(), self.seed, len(counts), rank=rank, world_size=world, device=device if isinstance(dl, ArrayDL) else 'cpu')
+        self.sampler = ClassSampler(self._labels(), self.psi.rates(), self.seed, len(counts), rank=rank, world_size=world, device=device if isinstance(dl, ArrayDL) else 'cpu')
     def _install(self):
         dl = self.dls.train
+        if getattr(dl, 'sampler', None) is self.sampler: return
         if isinstance(dl, ArrayDL): self.was, dl.sampler = dl.sampler, self.sampler
-        elif getattr(dl, 'sampler', None) is not self.sampler: self.was, self.dls.loaders[0] = dl, SampledDL.from_dl(dl, self.sampler)
+        else: self.was, self.dls.loaders[0] = dl, SampledDL.from_dl(dl, self.sampler)
         self.staleness = getattr(self.dls.train, 'staleness', 0)
     def _uninstall(self):
-        if isinstance(self.dls.train, ArrayDL): self.dls.train.sampler = self.was
+        dl = self.dls.train
+        if self.psi is None or getattr(dl, 'sampler', None) is not self.sampler: return
+        if isinstance(dl, ArrayDL): dl.sampler = self.was
         else: self.dls.loaders[0] = self.was
     def _weights(self, y): return None
     def _updated(self): self.sampler.set_rates(self.rates, check=False)

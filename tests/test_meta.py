@@ -243,6 +243,27 @@ def test_export_and_load(tmp_path):
     learn.export()
     again = load_learner(tmp_path/'export.pkl')
     assert torch.equal(again.model.weight, learn.model.weight)
+    with again.no_bar(): preds = again.get_preds(dl=again.dls.test_dl(bank().images[:9]))[0]
+    with learn.no_bar(): torch.testing.assert_close(preds, learn.get_preds(dl=learn.dls.test_dl(bank().images[:9]))[0])
+
+
+def test_validation_and_prediction_between_epochs_change_nothing():
+    "fastai calls before_fit and after_fit for them too"
+    class Look(Callback):
+        busy = False
+        def after_epoch(self):                                       # which they call as well
+            if self.busy or not look: return
+            self.busy = True
+            self.learn.validate(); self.learn.get_preds(dl=self.dls.valid)
+            self.busy = False
+    got = []
+    for look in (False, True):
+        learn, cb = learner(bank(), two_layers(), n=4, valid=bank(COUNTS//4)), MetaSampler(lr=.1, estimator='expected')
+        before = learn.dls.train.sampler
+        with learn.no_bar(): fit(learn, 3, cbs=[ClassifierOnly(), cb, Look()])
+        assert cb.n_steps == 12 and learn.dls.train.sampler is before and all(p.requires_grad for p in learn.model.parameters())
+        got.append(cb.psi.w.detach().clone())
+    assert torch.equal(*got)
 
 
 def test_fastai_adam_and_all_layers_of_a_cnn_with_augmentation():
