@@ -14,7 +14,18 @@ from fastcore.basics import patch
 from .core import class_counts
 from .metrics import _curves, plot_marginal
 
-# %% ../nbs/08_over_balance.ipynb #e150b36f
+# %% ../nbs/08_over_balance.ipynb #52bd0130
+def _rows(x):
+    "(N, k, ...) as (samples, k), in double precision where there is one"
+    x = x.detach().as_subclass(Tensor).movedim(1, -1).flatten(0, -2)
+    return x.float() if x.device.type == 'mps' else x.double()
+
+def _by_sign(grad):
+    "The gradient of the logits of one batch, summed by its sign: positive and negative mass, (2, k)"
+    g = _rows(grad)
+    return torch.stack([(-g).clamp(min=0).sum(0), g.clamp(min=0).sum(0)])
+
+# %% ../nbs/08_over_balance.ipynb #c93fed37
 class OverBalance(Callback):
     "Records, by class and epoch, the gradient that raises and that lowers each logit, and p(y) on the validation set (Ren et al. 2020, Eq. 11 and Fig. 2)."
     order = 45                                                       # after all that replaces the prediction, such as `MixedPrecision`
@@ -24,66 +35,50 @@ class OverBalance(Callback):
         self.counts, self._mass, self._sum, self._open, self._last = counts, None, None, False, -1
         self._clear(0)
 
-    def _clear(self, k):
-        "No epochs yet, of k classes"
-        self.positive, self.negative, self.p_y = (torch.zeros(0, k, dtype=torch.float64) for _ in range(3))
+    def _clear(self, k): self.positive, self.negative, self.p_y = (torch.zeros(0, k, dtype=torch.float64) for _ in range(3))
 
-    def _logits(self):
-        "The prediction as (N, k), N the samples, or the pixels"
-        p, k = self.pred, len(self.counts)
-        if not isinstance(p, Tensor): raise TypeError(f'OverBalance needs one tensor of logits, but the model returns a {type(p).__name__}: give it a model with one head')
-        if p.ndim < 2 or p.shape[1] != k: raise ValueError(f'OverBalance needs logits with the {k} classes of `counts` on axis 1, but the model returns shape {tuple(p.shape)}')
-        return p
+    def before_train(self):
+        "A new epoch; the first of a fit starts a new record"
+        self._mass = None
+        if hasattr(self.learn, 'lr_finder'): return
+        if self.counts is None: self.counts = class_counts(self.dls)
+        if self.epoch <= self._last or not len(self.positive): self._clear(len(self.counts))
+        self._mass = 0.
 
-    @property
-    def ratio(self) -> Tensor: # (epochs, k)
-        "positive/(positive + negative): 1/2 where the two balance, as Eq. 11 asks of a row that has converged"
-        return self.positive/(self.positive + self.negative)
+    def after_pred(self):
+        "In training watch the prediction's gradient, in validation sum its probabilities"
+        if self.training and self._mass is not None:
+            if (p := self._logits()).requires_grad: p.register_hook(self._add)
+        elif not self.training and self._sum is not None:
+            p = _rows(self._logits()).softmax(1)
+            self._sum, self._n = self._sum + p.sum(0), self._n + len(p)
 
-# %% ../nbs/08_over_balance.ipynb #c73e7204
+    def after_train(self):
+        "The epoch's masses join the record"
+        if not isinstance(self._mass, Tensor): return
+        mass, self._mass = self._mass.cpu().double(), None
+        self.positive, self.negative = torch.cat([self.positive, mass[:1]]), torch.cat([self.negative, mass[1:]])
+        self.p_y = torch.cat([self.p_y, torch.full_like(mass[:1], torch.nan)])
+        self._open, self._last = True, self.epoch
+
 @patch
-def before_train(self:OverBalance):
-    "A new epoch; the first of a fit starts a new record"
-    self._mass = None
-    if hasattr(self.learn, 'lr_finder'): return
-    if self.counts is None: self.counts = class_counts(self.dls)
-    if self.epoch <= self._last or not len(self.positive): self._clear(len(self.counts))
-    self._mass = 0.
-
-@patch
-def after_pred(self:OverBalance):
-    "In training watch the prediction's gradient, in validation sum its probabilities"
-    if self.training and self._mass is not None:
-        if (p := self._logits()).requires_grad: p.register_hook(self._add)
-    elif not self.training and self._sum is not None:
-        p = _rows(self._logits()).softmax(1)
-        self._sum, self._n = self._sum + p.sum(0), self._n + len(p)
-
-def _rows(x):
-    "(N, k, ...) as (samples, k), in double precision where there is one"
-    x = x.detach().as_subclass(Tensor).movedim(1, -1).flatten(0, -2)
-    return x.float() if x.device.type == 'mps' else x.double()
+def _logits(self:OverBalance):
+    "The prediction, if its axis 1 has the classes"
+    p, k = self.pred, len(self.counts)
+    if not isinstance(p, Tensor): raise TypeError(f'OverBalance needs one tensor of logits, but the model returns a {type(p).__name__}: give it a model with one head')
+    if p.ndim < 2 or p.shape[1] != k: raise ValueError(f'OverBalance needs logits with the {k} classes of `counts` on axis 1, but the model returns shape {tuple(p.shape)}')
+    return p
 
 @patch
 def _add(self:OverBalance, grad):
-    "The gradient of one batch, summed by its sign"
-    g, scaler = _rows(grad), getattr(self.learn, 'scaler', None)
-    mass = torch.stack([(-g).clamp(min=0).sum(0), g.clamp(min=0).sum(0)])
+    "The gradient of one batch joins the sums"
+    mass, scaler = _by_sign(grad), getattr(self.learn, 'scaler', None)
     if scaler is not None and scaler.is_enabled():
-        mass = mass/scaler.scale(torch.ones((), device=g.device))
+        mass = mass/scaler.scale(torch.ones((), device=mass.device))
         mass = torch.where(mass.isfinite().all(), mass, torch.zeros_like(mass))
     self._mass = self._mass + mass
 
-# %% ../nbs/08_over_balance.ipynb #bc6f6539
-@patch
-def after_train(self:OverBalance):
-    "The epoch's masses join the record"
-    if not isinstance(self._mass, Tensor): return
-    mass, self._mass = self._mass.cpu().double(), None
-    self.positive, self.negative = torch.cat([self.positive, mass[:1]]), torch.cat([self.negative, mass[1:]])
-    self.p_y = torch.cat([self.p_y, torch.full_like(mass[:1], torch.nan)])
-    self._open, self._last = True, self.epoch
-
+# %% ../nbs/08_over_balance.ipynb #ad8bca7b
 @patch
 def before_validate(self:OverBalance):
     "Sum from 0, if it is the validation of an epoch"
@@ -95,6 +90,11 @@ def after_validate(self:OverBalance):
     if self._sum is None: return
     if self._n: self.p_y[-1] = (self._sum/self._n).cpu()
     self._sum, self._open = None, False
+
+@patch(as_prop=True)
+def ratio(self:OverBalance) -> Tensor: # (epochs, k)
+    "positive/(positive + negative): 1/2 where the two balance, as Eq. 11 asks of a row that has converged"
+    return self.positive/(self.positive + self.negative)
 
 # %% ../nbs/08_over_balance.ipynb #5922e3ac
 @patch
