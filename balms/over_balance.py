@@ -25,7 +25,14 @@ def _by_sign(grad):
     g = _rows(grad)
     return torch.stack([(-g).clamp(min=0).sum(0), g.clamp(min=0).sum(0)])
 
-# %% ../nbs/08_over_balance.ipynb #c93fed37
+# %% ../nbs/08_over_balance.ipynb #5b340c7f
+def _logits(p, k):
+    "The prediction `p`, if its axis 1 has the k classes"
+    if not isinstance(p, Tensor): raise TypeError(f'OverBalance needs one tensor of logits, but the model returns a {type(p).__name__}: give it a model with one head')
+    if p.ndim < 2 or p.shape[1] != k: raise ValueError(f'OverBalance needs logits with the {k} classes of `counts` on axis 1, but the model returns shape {tuple(p.shape)}')
+    return p
+
+# %% ../nbs/08_over_balance.ipynb #9ff95a4c
 class OverBalance(Callback):
     "Records, by class and epoch, the gradient that raises and that lowers each logit, and p(y) on the validation set (Ren et al. 2020, Eq. 11 and Fig. 2)."
     order = 45                                                       # after all that replaces the prediction, such as `MixedPrecision`
@@ -48,9 +55,9 @@ class OverBalance(Callback):
     def after_pred(self):
         "In training watch the prediction's gradient, in validation sum its probabilities"
         if self.training and self._mass is not None:
-            if (p := self._logits()).requires_grad: p.register_hook(self._add)
+            if (p := _logits(self.pred, len(self.counts))).requires_grad: p.register_hook(self._add)
         elif not self.training and self._sum is not None:
-            p = _rows(self._logits()).softmax(1)
+            p = _rows(_logits(self.pred, len(self.counts))).softmax(1)
             self._sum, self._n = self._sum + p.sum(0), self._n + len(p)
 
     def after_train(self):
@@ -60,14 +67,6 @@ class OverBalance(Callback):
         self.positive, self.negative = torch.cat([self.positive, mass[:1]]), torch.cat([self.negative, mass[1:]])
         self.p_y = torch.cat([self.p_y, torch.full_like(mass[:1], torch.nan)])
         self._open, self._last = True, self.epoch
-
-@patch
-def _logits(self:OverBalance):
-    "The prediction, if its axis 1 has the classes"
-    p, k = self.pred, len(self.counts)
-    if not isinstance(p, Tensor): raise TypeError(f'OverBalance needs one tensor of logits, but the model returns a {type(p).__name__}: give it a model with one head')
-    if p.ndim < 2 or p.shape[1] != k: raise ValueError(f'OverBalance needs logits with the {k} classes of `counts` on axis 1, but the model returns shape {tuple(p.shape)}')
-    return p
 
 @patch
 def _add(self:OverBalance, grad):
