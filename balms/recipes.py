@@ -442,7 +442,7 @@ def format_table(
         out.append('\n'.join([(f'**{_title(data, imb, preset)}**\n' if markdown else _title(data, imb, preset)), *lines]))
     return '\n\n'.join(out) or 'The ledger is empty.'
 
-# %% ../nbs/12_recipes.ipynb #b3087434
+# %% ../nbs/12_recipes.ipynb #8ba5cc4c
 def _by_method(rows):
     "Rows by method, and what they have in common; an error if that is not one set of runs"
     by, same = {}, {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], str(r['changed'])) for r in rows}
@@ -477,6 +477,7 @@ def plot_rates(
     mean, title = _by_method(rows)
     if not mean('r'): raise ValueError('None of these rows has learned rates: run a method with a Meta Sampler or Meta Reweighter')
     fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
-    _curves(mean('r'), rows[0]['counts'], axs[0], 'Learned r by class', 'r').set_ylim(0, 1)
-    plot_marginal(mean('p_y'), rows[0]['counts'], axs[1])
+    r, p_y = mean('r'), mean('p_y')
+    _curves(r, rows[0]['counts'], axs[0], 'Learned r by class', 'r').set_ylim(0, 1)
+    plot_marginal({m: p_y[m] for m in [*r, *(m for m in p_y if m not in r)]}, rows[0]['counts'], axs[1])   # one colour a method
     return _finish(fig, title, path)
