@@ -83,7 +83,7 @@ class ClassSampler(Sampler):
     def __len__(self): return self.num_samples
     def __repr__(self): return f'ClassSampler({len(self._order)} images, {len(self.counts)} classes, rank {self.rank} of {self.world_size}, {self.device})'
 
-# %% ../nbs/07_samplers.ipynb #57d1226b
+# %% ../nbs/07_samplers.ipynb #b57aed98
 @patch
 def set_rates(self:ClassSampler,
     rates, # (k,), on any scale and device
@@ -92,11 +92,12 @@ def set_rates(self:ClassSampler,
     "Draw by `rates` from now on. Raises `ValueError` if they do not fit the images."
     r = torch.as_tensor(rates, dtype=torch.float64).detach().as_subclass(Tensor)
     if r.shape != self.counts.shape: raise ValueError(f'rates has shape {tuple(r.shape)}, but there are {len(self.counts)} classes')
+    low, high = r.aminmax()
     if check or check is None and r.device.type == 'cpu':
-        none = (_nonnegative(r, 'rates') > 0) & (self.counts == 0)
+        if not (low >= 0 and 0 < high < math.inf): _nonnegative(r, 'rates')      # raises, and says what is wrong and where
+        none = (r.cpu() > 0) & (self.counts == 0)
         if none.any(): raise ValueError(f'rates is positive for classes {_few(none)}, which have no images')
-    r = r.to(self.device)
-    r = r/r.max()                                                        # so that the sum is finite on any scale
+    r = (r/high).to(self.device)                                         # the sum is finite on any scale
     self._set(r/r.sum())
 
 @patch
