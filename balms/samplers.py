@@ -253,7 +253,7 @@ def __iter__(self:SampledDL):
         self.after_iter()
     finally: self._ahead = outer
 
-# %% ../nbs/07_samplers.ipynb #f0aa4dde
+# %% ../nbs/07_samplers.ipynb #6304c253
 @patch
 def state_dict(self:SampledDL) -> dict: # Tensors and whole numbers, the same on every rank
     "All that decides which items come next: the sampler's state, and the batches it has drawn that were not used"
@@ -270,7 +270,7 @@ def load_state_dict(self:SampledDL, s:dict): # From `state_dict`
 
 @patch
 def get_idxs(self:SampledDL) -> list: # Whole numbers
-    "Indices of a whole epoch, for fastai's `DistributedDL`, which deals them out. Raises `ValueError` if the sampler does that already."
+    "Indices of a whole epoch, for fastai's DistributedDL, which deals them out. Raises `ValueError` if the sampler does that already."
     if not self._sampled: return TfmdDL.get_idxs(self)
     if self._world > 1: raise ValueError("The sampler deals out its batches to the ranks: train without fastai's DistributedDL, or give the sampler world_size=1")
     return torch.cat([self.sampler.draw(self.bs) for _ in range(len(self))]).tolist()
@@ -332,7 +332,7 @@ def resampled(
     res.loaders = [dl.new(shuffle=True, sampler=s, n_batches=n_batches) if isinstance(dl, ArrayDL) else SampledDL.from_dl(dl, s, n_batches), *dls.loaders[1:]]
     return res
 
-# %% ../nbs/07_samplers.ipynb #0f382018
+# %% ../nbs/07_samplers.ipynb #96ec72ca
 class ProgressiveSampling(Callback):
     "Changes the class rates through training, for loaders made by `resampled`. Raises `ValueError` if the training loader does not draw by class rates."
     def __init__(self,
@@ -342,13 +342,12 @@ class ProgressiveSampling(Callback):
     ):
         if every not in ('batch', 'epoch'): raise ValueError(f"every must be 'batch' or 'epoch', not {every!r}")
         self.rates, self.every, self.start = rates, every, start
-    def before_fit(self): self.source = self.dls.train                      # before fastai's `DistributedDL` is put around it
-    def before_train(self):
-        if not hasattr(getattr(self.source, 'sampler', None), 'set_rates'): raise ValueError('ProgressiveSampling needs a training loader that draws by class rates: see resampled')
-        self._set()
+    def before_train(self): self._set()
     def after_batch(self):
         if self.training and self.every == 'batch': self._set()
-    def after_fit(self): self.source = None
     def _set(self):
-        progress = (self.start + self.train_iter)/(self.start + self.n_epoch*len(self.dls.train))
-        self.source.sampler.set_rates(self.rates(self.source.sampler.counts, progress))
+        dl = self.dls.train
+        sampler = getattr(vars(dl).get('dl', dl), 'sampler', None)          # inside of fastai's DistributedDL, if there is one
+        if not hasattr(sampler, 'set_rates'): raise ValueError('ProgressiveSampling needs a training loader that draws by class rates: see resampled')
+        progress = (self.start + self.train_iter)/(self.start + self.n_epoch*len(dl))
+        sampler.set_rates(self.rates(sampler.counts, progress))
