@@ -221,7 +221,7 @@ def _loader(self:SampledDL, batches):
     return TorchLoader(_Items(self), batch_sampler=batches, num_workers=n, collate_fn=_as_is, pin_memory=self.pin_memory, timeout=self.timeout,
                        worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None)
 
-# %% ../nbs/07_samplers.ipynb #87c2ff09
+# %% ../nbs/07_samplers.ipynb #4f438898
 @patch
 def _draw(self:SampledDL) -> Tensor: # (world_size, bs)
     "The next batch of every rank, if the sampler knows of ranks"
@@ -251,9 +251,10 @@ def __iter__(self:SampledDL):
             ahead.popleft(); issued -= 1                                    # from here on it is used
             yield self._finish(b)
         self.after_iter()
-    finally: self._ahead = outer
+    finally:
+        if self._ahead is ahead: self._ahead = outer; self._todo.extend(ahead)   # broken off: what was not used comes first next time
 
-# %% ../nbs/07_samplers.ipynb #6304c253
+# %% ../nbs/07_samplers.ipynb #dba6f7db
 @patch
 def state_dict(self:SampledDL) -> dict: # Tensors and whole numbers, the same on every rank
     "All that decides which items come next: the sampler's state, and the batches it has drawn that were not used"
@@ -266,7 +267,7 @@ def load_state_dict(self:SampledDL, s:dict): # From `state_dict`
     n, world, bs = s['ahead'].shape
     if n and (world, bs) != (self._world, self.bs): raise ValueError(f'The saved loader has batches of {bs} under way for {world} ranks; this one has batches of {self.bs} for {self._world}')
     self.sampler.load_state_dict(s['sampler'])
-    self._todo = deque(s['ahead'])
+    self._ahead, self._todo = deque(), deque(s['ahead'])
 
 @patch
 def get_idxs(self:SampledDL) -> list: # Whole numbers
@@ -285,7 +286,7 @@ def one_batch(self:SampledDL):
     self.before_iter()
     return self._finish(self._make(idxs))
 
-# %% ../nbs/07_samplers.ipynb #b8bdbf51
+# %% ../nbs/07_samplers.ipynb #523cf84c
 @patch
 def new(self:SampledDL, dataset=None, cls=None, **kwargs):
     "A loader like this one; with another data set, one without the sampler"
@@ -309,7 +310,8 @@ def from_dl(cls:SampledDL,
 ) -> SampledDL:
     "A loader as `dl`, transforms, workers, batch size and device, whose batches `sampler` draws. Raises `ValueError` for a loader whose batches cannot be drawn."
     _can_draw(dl)
-    return TfmdDL.new(dl, cls=cls, **{**dict(shuffle=True, sampler=sampler, n_batches=n_batches), **kwargs})
+    same = dict(prefetch_factor=dl.prefetch_factor) if isinstance(dl, SampledDL) else {}
+    return TfmdDL.new(dl, cls=cls, **{**same, **dict(shuffle=True, sampler=sampler, n_batches=n_batches), **kwargs})
 
 # %% ../nbs/07_samplers.ipynb #765760db
 def resampled(

@@ -313,6 +313,23 @@ def test_resume_sampled_dl(workers):
     assert all(torch.equal(g, w) for g, w in zip(got, whole[7:], strict=True))
 
 
+@linux
+@pytest.mark.parametrize('workers', (0, 2))
+def test_an_epoch_that_is_broken_off(workers):
+    "No draw is lost, in the same process or after a restart; a state that is loaded wins over an iterator that still lives"
+    make = lambda: SampledDL(Items(), bs=16, sampler=ClassSampler(y), num_workers=workers, n_batches=12)
+    dl = make()
+    whole, dl = [x for _ in range(2) for x, _ in dl], make()
+    for i, (x, _) in enumerate(dl):
+        if i == 4: break                                                 # 0 to 4 are used
+    assert torch.equal(x, whole[4])
+    other = make(); other.load_state_dict(saved(dl.state_dict()))
+    for d in (dl, other): assert all(torch.equal(x, w) for (x, _), w in zip(d, whole[5:17], strict=True))
+    it = iter(dl); next(it); state = dl.state_dict(); want = [next(it)[0] for _ in range(2)]
+    dl.load_state_dict(state); it.close()
+    for (x, _), w in zip(dl, want): assert torch.equal(x, w)
+
+
 def test_any_sampler_in_a_sampled_dl():
     "`ShuffledIndices` knows neither ranks nor rates"
     dl = SampledDL(Items(), bs=50, sampler=ShuffledIndices(len(y)), num_workers=0)
@@ -409,6 +426,7 @@ def test_a_copy_draws_the_same():
     other = pickle.loads(pickle.dumps(dl))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(dl, other, strict=True))
     new = dl.new(bs=4)
+    assert SampledDL.from_dl(dl.new(prefetch_factor=5), dl.sampler).prefetch_factor == 5
     assert isinstance(new, SampledDL) and new.sampler is dl.sampler and (new.n_batches, new.bs, new.prefetch_factor) == (3, 4, 2)
     assert type(dl.new(cls=TfmdDL)) is TfmdDL and len(dl.new(Items(y[:10]), shuffle=False)) == 2
 
