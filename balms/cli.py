@@ -68,16 +68,18 @@ def _device(name):
     try: return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f'Device {name!r} cannot be used here: {str(e).splitlines()[0]}') from None
 
-# %% ../nbs/13_cli.ipynb #52209cf8
+# %% ../nbs/13_cli.ipynb #8b1b0b8b
 def balms_table(argv=None):
     "Print the table of the finished runs in a ledger. Exit status: 0 done, 2 bad input."
     p = argparse.ArgumentParser('balms_table', description='The ledger as a table: accuracy in %, mean and standard error over seeds.')
     p.add_argument('ledger', nargs='?', default='runs', help='a ledger, or the folder it is in  [runs]')
+    p.add_argument('--table', type=int, help="as this table of the paper, 2, 5 or 8, with the commands for what is missing")
+    p.add_argument('--preset', default='paper', help='whose runs --table shows; small runs never stand beside the numbers of the paper  [paper]')
     p.add_argument('--markdown', action='store_true', help='as Markdown')
     args = p.parse_args(argv)
-    from balms.recipes import read_ledger, format_table
+    from balms.recipes import read_ledger, format_table, paper_table
     path = Path(args.ledger)
     path = path/'ledger.jsonl' if path.is_dir() else path
     if not path.exists(): _fail('balms_table', f'No ledger {path}. balms_train makes one')
-    try: print(format_table(read_ledger(path), args.markdown))
+    try: print(paper_table(read_ledger(path), args.table, args.preset, args.markdown) if args.table is not None else format_table(read_ledger(path), args.markdown))
     except (ValueError, KeyError) as e: _fail('balms_table', e)

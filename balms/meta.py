@@ -219,7 +219,7 @@ class _Meta(Callback):
         self.meta_bs, self.meta_ds, self.labels, self.seed, self.record = meta_bs, meta_ds, labels, seed, record
         self.psi, self.history, self.n_steps, self.handle, self.warned = None, [], 0, None, False
 
-# %% ../nbs/09_meta.ipynb #1a8784c9
+# %% ../nbs/09_meta.ipynb #a82f6bbe
 @patch
 def _check(self:_Meta):
     "Raise `ValueError` for what cannot work"
@@ -251,7 +251,7 @@ def _find(self:_Meta, k):
     except ValueError as e:
         if self.backprop == 'closed': raise ValueError(f"backprop='closed' needs a linear last layer: {e}") from e
         head = None
-    alone = head is not None and {p for p in net.parameters() if p.requires_grad} == set(head.parameters())
+    alone = head is not None and type(head).forward is nn.Linear.forward and {p for p in net.parameters() if p.requires_grad} == set(head.parameters())
     if self.backprop == 'closed' and not alone: raise ValueError("backprop='closed' needs the last linear layer to be all that is trained. Freeze the rest, or use 'autograd'")
     if not self.names: raise ValueError('Nothing is trained: no parameter requires a gradient')
     self.head = head if alone and self.backprop != 'autograd' else None

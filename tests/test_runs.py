@@ -27,17 +27,25 @@ def test_main_job(tmp_path):
     assert t.returncode == 0 and '| Balanced Softmax |' in t.stdout
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs Linux: looks into /proc for the signal handler')
+linux = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs Linux: looks into /proc for the signal handler')
+
+
+def wait_for_training(p):
+    "Until the process handles SIGTERM, which it does while it trains"
+    for _ in range(1200):
+        caught = next(l for l in open(f'/proc/{p.pid}/status') if l.startswith('SigCgt'))
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1: return
+        time.sleep(.05)
+
+
+@linux
 @pytest.mark.parametrize('sig', (signal.SIGINT, signal.SIGTERM))
 def test_stopped_run_goes_on_to_the_same_weights(tmp_path, sig):
     (tmp_path/'a').mkdir(); (tmp_path/'b').mkdir()
     args = ('--method', 'bs', '--seeds', 1, '--iters', 800, '--device', 'cpu')
     assert call('balms_train', *args, cwd=tmp_path/'a').returncode == 0
     p = subprocess.Popen(command('balms_train', *args), cwd=tmp_path/'b', env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):                                                    # training has begun when it handles SIGTERM
-        caught = next(l for l in open(f'/proc/{p.pid}/status') if l.startswith('SigCgt'))
-        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1: break
-        time.sleep(.05)
+    wait_for_training(p)
     time.sleep(.3); p.send_signal(sig)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'The same command goes on from there' in err, (p.returncode, err)
@@ -149,3 +157,32 @@ def test_a_foreign_repository_is_not_the_commit(tmp_path):
     code = 'from balms.recipes import _commit; import balms; print(balms.__file__, _commit())'
     r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**ENV, 'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True, check=True)
     assert r.stdout.split() == [str(tmp_path/'balms'/'__init__.py'), 'None']
+
+
+@linux
+def test_balms_from_the_command_line_killed_in_its_second_stage(tmp_path):
+    "Stage 1 is trained once, for Softmax and both decoupled methods; a run stopped in stage 2 goes on there and ends as the one that was not stopped"
+    args = ['--method', 'softmax', 'bs_cbs_dt', 'balms', '--seeds', 1, '--iters', 30, '--iters2', 900, '--device', 'cpu']
+    (tmp_path/'a').mkdir(); (tmp_path/'b').mkdir()
+    r = call('balms_train', *args, cwd=tmp_path/'a')
+    assert r.returncode == 0 and 'BALMS' in r.stdout, r.stderr
+    assert len(list((tmp_path/'a/runs').glob('digits-50-small-softmax-0-*'))) == 1
+    p = subprocess.Popen(command('balms_train', *args), cwd=tmp_path/'b', env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if 'bs_cbs_dt' in line: break
+    wait_for_training(p)
+    time.sleep(.2); p.send_signal(signal.SIGTERM)
+    err = p.communicate(timeout=120)[1]
+    assert p.returncode == 130 and 'of 900' in err, err
+    r = call('balms_train', *args, cwd=tmp_path/'b')
+    assert r.returncode == 0, r.stderr
+    a, b = ([{k: row[k] for k in ('key', 'nll', 'p_y')} | {'r': row.get('r')} for row in ledger(tmp_path/d)] for d in 'ab')
+    assert a == b and a[-1]['r'] is not None
+
+
+def test_table_of_the_paper_from_the_command_line(tmp_path):
+    (tmp_path/'runs').mkdir(); (tmp_path/'runs/ledger.jsonl').write_text('')
+    r = call('balms_table', '--table', 5, cwd=tmp_path)
+    assert r.returncode == 0 and 'missing / 81.5' in r.stdout and 'balms_train --data cifar100 --imbalance 10 --preset paper' in r.stdout
+    r = call('balms_table', '--table', 3, cwd=tmp_path)
+    assert r.returncode == 2 and 'choose from 2, 5, 8' in r.stderr
