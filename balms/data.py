@@ -314,7 +314,7 @@ class ArrayDL(TfmdDL):
         same = dict(sampler=self.sampler, augment=self.augment, n_batches=self.n_batches, seed=self.seed) if dataset is None else {}
         return super().new(dataset, cls, **{**same, **kwargs})
 
-# %% ../nbs/04_data.ipynb #b7935f0d
+# %% ../nbs/04_data.ipynb #688f8158
 @patch
 def _gen(self:ArrayDL):
     "The augmentation's generator, made where the images are"
@@ -341,6 +341,13 @@ def state_dict(self:ArrayDL):
 def load_state_dict(self:ArrayDL, s):
     "Go on from a `state_dict`"
     self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu())
+
+@patch
+def one_batch(self:ArrayDL):
+    "A batch to look at, drawn as in training, without any effect on the batches to come"
+    state = self.state_dict() if self.shuffle else None
+    try: return next(iter(self))
+    finally: self.load_state_dict(state) if self.shuffle else None
 
 # %% ../nbs/04_data.ipynb #8bff524a
 class FeatureBank(ArrayDataset):
