@@ -408,3 +408,18 @@ def test_loaders_that_cannot_change_their_rates(photos):
     torch_dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(40, 5), torch.arange(40) % 4), 8)
     learn = Learner(DataLoaders(torch_dl, torch_dl), linear(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD)
     with pytest.raises(ValueError, match='needs a loader whose images can be drawn by class'): learn.fit(1, cbs=MetaSampler())
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'vit_tiny_patch16_224', 'mobilenetv3_small_050'])
+def test_decoupled_training_of_a_timm_model(photos, name):
+    timm = pytest.importorskip('timm')
+    from fastai.vision.all import ImageDataLoaders
+    torch.manual_seed(0)
+    kw = dict(img_size=16, patch_size=8) if 'vit' in name else {}
+    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=16, num_workers=0, device='cpu')
+    learn, cb = Learner(dls, timm.create_model(name, num_classes=3, pretrained=False, **kw), loss_func=BalancedSoftmax.from_dls(dls), opt_func=SGD), MetaSampler(lr=.1)
+    state = {n: p.clone() for n, p in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): head = learn.fit_classifier(1, .1, cbs=cb)
+    assert head is learn.model.get_classifier()
+    assert {n.rsplit('.', 1)[0] for n, p in learn.model.state_dict().items() if not torch.equal(p, state[n])} == {n for n, m in learn.model.named_modules() if m is head}
+    with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, views=1, scales=True)
