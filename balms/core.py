@@ -174,7 +174,7 @@ def balanced_softmax_loss(
     shift = log_prior(counts, tau, target_prior).to(input.device)
     return _shifted_cross_entropy(input, target, shift, weight, ignore_index, reduction, label_smoothing, axis)
 
-# %% ../nbs/00_core.ipynb #60ac20be
+# %% ../nbs/00_core.ipynb #94a86857
 class _Loss(nn.Module):
     "What the losses here share: a float32 buffer `shift`, and fastai's protocol for a loss with one softmax or sigmoid over `axis`."
     y_int = True  # fastai's MixUp and CutMix: targets are class indices
@@ -188,10 +188,10 @@ class _Loss(nn.Module):
         self.reduction, self.axis = reduction, axis
 
     def _apply(self, fn, recurse=True):
-        "Casting to half precision moves shift and weights but does not round them"
-        kept = self.shift, self.weight
+        "Casting to half precision moves the buffers but does not round them"
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        self.shift, self.weight = (b if b is None else b.to(self.shift.device) for b in kept)
+        self._buffers.update({name: b if b is None else b.to(self._buffers[name].device) for name, b in kept.items()})
         return self
 
     @classmethod
@@ -274,8 +274,33 @@ def _multi_hot(x, t, k, axis, ignore_index):
         raise IndexError(f'Target {int(t.min() if t.min() < 0 else t.max())} is out of range: 0..{k - 1}, {k} for background, or ignore_index={ignore_index}')
     return x, F.one_hot(t, k + 1)[..., :k], valid
 
-# %% ../nbs/00_core.ipynb #dfb5daba
-class BalancedSigmoid(_Loss):
+# %% ../nbs/00_core.ipynb #f4570dae
+class _Sigmoid(_Loss):
+    "What the sigmoid losses here share; a subclass says in `_terms` what the k terms of a sample are."
+    def __init__(self, shift, weight, ignore_index, reduction, multilabel, thresh, axis):
+        super().__init__(shift, weight, reduction, axis)
+        self.ignore_index, self.multilabel, self.thresh = ignore_index, multilabel, thresh
+
+    def forward(self, input:Tensor, target:Tensor) -> Tensor:
+        "Loss of logits (N, k, ...) for class indices (N, ...), k meaning background, or multi-hot rows (N, k, ...)"
+        k = input.shape[self._axis(input)] if self.shift is None else len(self.shift)
+        x, t, valid = _multi_hot(_plain(input), _plain(target), k, self._axis(input), self.ignore_index)
+        l = self._terms(x, t)
+        if valid is not None: l = l*valid[..., None]
+        l = l.sum(-1)
+        if self.reduction != 'mean': return l.sum() if self.reduction == 'sum' else l
+        return l.mean() if valid is None else l.sum()/valid.sum()
+
+    def activation(self, x:Tensor) -> Tensor:
+        "Probability of each class on the test set: the plain sigmoid"
+        return x.sigmoid()
+
+    def decodes(self, x:Tensor) -> Tensor:
+        "The best class of each sample, or all classes over `thresh` if `multilabel`"
+        return x > self.thresh if self.multilabel else super().decodes(x)
+
+# %% ../nbs/00_core.ipynb #cc76165f
+class BalancedSigmoid(_Sigmoid):
     "The multiple binary logistic regression variant of Balanced Softmax (Ren et al. 2020, supplement A.2)."
     def __init__(self,
         counts, # Training samples that have the class, (k,); for LVIS, images
@@ -290,31 +315,17 @@ class BalancedSigmoid(_Loss):
         thresh:float=.5, # Probability above which a class is predicted, if `multilabel`
         axis:int=1, # The class axis of the logits
     ):
-        super().__init__(log_odds_prior(counts, total, tau, constant), weight, reduction, axis)
-        self.tau, self.foreground_only, self.ignore_index, self.multilabel, self.thresh = tau, foreground_only, ignore_index, multilabel, thresh
+        super().__init__(log_odds_prior(counts, total, tau, constant), weight, ignore_index, reduction, multilabel, thresh, axis)
+        self.tau, self.foreground_only = tau, foreground_only
 
     @classmethod
     def from_dls(cls, dls, **kwargs):
         "The loss for fastai `DataLoaders` (or anything that `class_counts` takes); `total` is the number of training samples, multi-label or not."
         return cls(class_counts(dls), **{'total': len(_labels(getattr(dls, 'train_ds', dls))), **kwargs})
 
-    def forward(self, input:Tensor, target:Tensor) -> Tensor:
-        "Loss of logits (N, k, ...) for class indices (N, ...), k meaning background, or multi-hot rows (N, k, ...)"
-        x, t, valid = _multi_hot(_plain(input), _plain(target), len(self.shift), self._axis(input), self.ignore_index)
+    def _terms(self, x, t):
         shift = self.shift if self.training else torch.zeros_like(self.shift)
         x = x + (shift*(t.amax(-1, keepdim=True) > 0) if self.foreground_only else shift)
-        l = F.binary_cross_entropy_with_logits(x, t.to(x.dtype), self.weight, reduction='none')
-        if valid is not None: l = l*valid[..., None]
-        l = l.sum(-1)
-        if self.reduction != 'mean': return l.sum() if self.reduction == 'sum' else l
-        return l.mean() if valid is None else l.sum()/valid.sum()
-
-    def activation(self, x:Tensor) -> Tensor:
-        "Probability of each class on the test set: the plain sigmoid"
-        return x.sigmoid()
-
-    def decodes(self, x:Tensor) -> Tensor:
-        "The best class of each sample, or all classes over `thresh` if `multilabel`"
-        return x > self.thresh if self.multilabel else super().decodes(x)
+        return F.binary_cross_entropy_with_logits(x, t.to(x.dtype), self.weight, reduction='none')
 
     def extra_repr(self): return f'classes={len(self.shift)}, tau={self.tau}, foreground_only={self.foreground_only}, reduction={self.reduction!r}'
