@@ -219,7 +219,7 @@ class _Meta(Callback):
         self.meta_bs, self.meta_ds, self.labels, self.seed, self.record = meta_bs, meta_ds, labels, seed, record
         self.psi, self.history, self.n_steps, self.handle, self.warned = None, [], 0, None, False
 
-# %% ../nbs/09_meta.ipynb #a82f6bbe
+# %% ../nbs/09_meta.ipynb #97087547
 @patch
 def _check(self:_Meta):
     "Raise `ValueError` for what cannot work"
@@ -257,7 +257,6 @@ def _find(self:_Meta, k):
     self.head = head if alone and self.backprop != 'autograd' else None
     if head is not None and head.out_features != k: raise ValueError(f'The last linear layer has {head.out_features} outputs, the data {k} classes')
     self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    self.random = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in net.modules())
 
 # %% ../nbs/09_meta.ipynb #dd1759e4
 def _ranks():
@@ -392,10 +391,10 @@ def _auto(self:_Meta, scale):
         return self._shares(_plain(run(ps, xb)).float() if scale != 1 else _plain(run(ps, xb)), y)
     with self._fork(): return autograd_credit(losses, lambda ps: F.cross_entropy(_plain(run(ps, xm)), ym), params, grads, self._step_of(params), _average)
 
-# %% ../nbs/09_meta.ipynb #9010dff4
+# %% ../nbs/09_meta.ipynb #be617d31
 @patch
 def before_batch(self:_Meta):
-    if self.random and self.head is None:
+    if self.head is None:
         dev = self.psi.w.device
         self.rng = torch.get_rng_state(), torch.cuda.get_rng_state(dev) if dev.type == 'cuda' else None
 
@@ -403,12 +402,11 @@ def before_batch(self:_Meta):
 def _fork(self:_Meta):
     "Random numbers drawn under it leave those of training as they were"
     dev = self.psi.w.device
-    return torch.random.fork_rng([dev] if dev.type == 'cuda' else [], enabled=self.random)
+    return torch.random.fork_rng([dev] if dev.type == 'cuda' else [], enabled=self.head is None)
 
 @patch
 def _as_before(self:_Meta):
-    "The random numbers of the training pass once more"
-    if not self.random: return
+    "The random numbers of the training pass (dropout, a loss that draws) once more"
     torch.set_rng_state(self.rng[0])
     if self.rng[1] is not None: torch.cuda.set_rng_state(self.rng[1], self.psi.w.device)
 
@@ -418,10 +416,12 @@ def _shares(self:_Meta, pred, y):
     lf = self.loss_func
     with NoneReduce(lf) as f: l = f(pred, y)
     if l.shape != y.shape: raise ValueError(f'The loss gives {tuple(l.shape)} values for {len(y)} samples without reduction: one a sample is needed')
-    l = l*self._weights(y) if self._weights(y) is not None else l
-    if getattr(lf, 'reduction', 'mean') == 'sum': return l
-    weight = getattr(lf, 'weight', None) if hasattr(lf, 'weight') else getattr(getattr(lf, 'func', None), 'weight', None)
-    return l/(len(y) if weight is None else weight[y].sum())
+    f, scale = getattr(lf, 'func', lf), 1.                            # fastai's flattened losses
+    if getattr(lf, 'reduction', 'mean') != 'sum':
+        weighted = getattr(f, 'weight', None) is not None or getattr(f, 'balance', None) is not None
+        scale = lf(pred, y).detach()/l.detach().sum() if weighted else 1/len(y)      # a weighted mean divides by its sum of weights
+    weights = self._weights(y)
+    return l*scale if weights is None else l*weights*scale
 
 # %% ../nbs/09_meta.ipynb #4315f154
 @patch

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'TABLES', 'SC
            'Schedule', 'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run',
            'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
 
-# %% ../nbs/12_recipes.ipynb #3dd7d828
+# %% ../nbs/12_recipes.ipynb #ac201739
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
@@ -26,6 +26,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
+from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SoftmaxEqualization, VectorScaling
 from .core import BalancedSoftmax, adjust_logits, class_counts
 from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFlip, AutoAugmentCutout
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
@@ -34,7 +35,7 @@ from .meta import MetaReweighter, MetaSampler
 from .models import MODELS, get_model, body_fc, find_classifier
 from .samplers import ClassSampler, sampling_rates
 
-# %% ../nbs/12_recipes.ipynb #88086914
+# %% ../nbs/12_recipes.ipynb #76cb3093
 @dataclass(frozen=True)
 class Method:
     "What a row of the paper's tables does differently from the others"
@@ -45,11 +46,14 @@ class Method:
     rates: float = 1. # Classes are drawn at rates n_c^rates: 1 instance-balanced, 0 class-balanced
     meta: type = None # `MetaSampler` or `MetaReweighter`
     scales: bool = False # Stage 2 trains one scale a class in place of the weights (LWS)
+    head: type = None # Class of the network's classifier, of (features, k); default: as the network has it
+    cbs: object = None # Class counts -> further callbacks of training
     rebuild: object = None # Function of the trained `Learner` of stage 1 that makes its classifier another, without training
 
     def __post_init__(self):
         if not (self.loss or self.stage1): raise ValueError(f'{self.title}: a method has a loss to train with, or a stage1 whose model it takes')
         if not self.loss and (self.meta or self.rates != 1 or self.scales): raise ValueError(f'{self.title}: rates, meta and scales are for a method that trains with a loss')
+        if self.stage1 and (self.head or self.cbs): raise ValueError(f'{self.title}: head and cbs are for a method that trains all of the network')
         if self.scales and not self.stage1: raise ValueError(f'{self.title}: scales are trained in a second stage, so it needs a stage1')
 
     @property
@@ -57,9 +61,18 @@ class Method:
 
 _ce, _quarter = lambda counts: nn.CrossEntropyLoss(), partial(BalancedSoftmax, tau=.25)
 _dt = partial(Method, stage1='softmax')
+_ldam = partial(Method, loss=LDAM, head=CosineLinear, adjust=lambda logits, counts: LDAM(counts).s*logits)   # probabilities are those of s times the cosines
 METHODS = dict(
     softmax          = Method('Softmax', _ce),
+    cbw              = Method('CBW', CBW),
     cbs              = Method('CBS', _ce, rates=0.),
+    focal            = Method('Focal Loss', FocalLoss),
+    class_balanced   = Method('Class Balanced Loss', ClassBalancedLoss),
+    ldam             = _ldam('LDAM Loss'),
+    ldam_drw         = _ldam('LDAM Loss + DRW', cbs=lambda counts: [DeferredReweighting(counts)]),
+    eql              = Method('Equalization Loss', SoftmaxEqualization),
+    vs               = Method('Vector-scaling loss', VectorScaling),
+    lade             = Method('LADE', LADE),
     bs_quarter       = Method('Balanced Softmax 1/4', _quarter),
     bs               = Method('Balanced Softmax', BalancedSoftmax),
     posthoc          = _dt('Softmax, post-hoc adjusted', adjust=adjust_logits),
@@ -239,7 +252,7 @@ class Checkpoint(Callback):
         if self.stop: raise CancelFitException()
     def after_fit(self): self.seconds += time.time() - self.began
 
-# %% ../nbs/12_recipes.ipynb #6e4f1592
+# %% ../nbs/12_recipes.ipynb #67bedb7f
 def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
@@ -251,13 +264,15 @@ def _learner(recipe, train, test, counts, device):
     sampler = None if method.rates == 1 else ClassSampler(train, sampling_rates(counts, method.rates), recipe.seed, train.c, device=device)
     dls = array_dls(train, test, bs=recipe.bs, sampler=sampler, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd)
-    learn = Learner(dls, get_model(recipe.model, train.c, train.images.shape[1]).to(dls.device), loss_func=method.loss(counts).to(dls.device),
+    net = get_model(recipe.model, train.c, train.images.shape[1])
+    if method.head: replace_classifier(net, method.head(net.fc.in_features, train.c))
+    learn = Learner(dls, net.to(dls.device), loss_func=method.loss(counts).to(dls.device),
                     opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=ChannelsLast())
     learn.create_mbar, learn.logger = False, noop
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
-# %% ../nbs/12_recipes.ipynb #569a7064
+# %% ../nbs/12_recipes.ipynb #ab85703b
 def _finite(learn, recipe):
     "`learn`, or an error if its weights are not finite"
     if all(p.isfinite().all() for p in learn.model.parameters()): return learn
@@ -274,6 +289,8 @@ def _fit(learn, recipe, folder, iters, lr_at, crc, cbs=(), trained=None, progres
         return ckpt.saved
     folder.mkdir(parents=True, exist_ok=True)
     learn.dls.train.n_batches = iters - ckpt.step
+    for cb in cbs:
+        if isinstance(cb, DeferredReweighting): cb.progress = lambda: ckpt.step/iters      # of the whole run, not of what is left of it
     try:
         with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[*cbs, Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
     finally: ckpt.release()
@@ -285,12 +302,14 @@ def _fit(learn, recipe, folder, iters, lr_at, crc, cbs=(), trained=None, progres
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     return saved
 
-# %% ../nbs/12_recipes.ipynb #bbad671c
+# %% ../nbs/12_recipes.ipynb #574b085c
 def _stage1(recipe, out, train, test, counts, device, crc, **kwargs):
     "The trained `Learner` of a recipe without a second stage, and what was saved"
     learn = _learner(recipe, train, test, counts, device)
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
-    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, [METHODS[recipe.method].meta()] if METHODS[recipe.method].meta else (), **kwargs)
+    method = METHODS[recipe.method]
+    cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
+    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, cbs, **kwargs)
 
 def _on_features(learn, recipe, head):
     "A `Learner` of the classifier alone, on a bank of features, with the settings of `learn`"
