@@ -40,7 +40,7 @@ def long_tail_counts(
                                  f'the largest class has {n_max} images, so {n_max} is the largest imbalance')
     return ns
 
-# %% ../nbs/04_data.ipynb #fb8156a4
+# %% ../nbs/04_data.ipynb #0ff34686
 class ArrayDataset:
     "Images as one uint8 array (n, channels, height, width), their labels, and the names of the classes."
     n_inp = 1
@@ -63,7 +63,7 @@ class ArrayDataset:
     def __getitem__(self, i): return self.batch(i)
     def batch(self, i): return (TensorImageBW if self.images.shape[1] == 1 else TensorImage)(self.images[i]), TensorCategory(self.targets[i])
     def subset(self, idxs): return type(self)(self.images[idxs], self.targets[idxs], self.vocab)
-    def new_empty(self): return self.subset(slice(0))
+    def new_empty(self): return self.subset(torch.zeros(0, dtype=torch.long))          # a copy: a view would be exported with all images
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
     def to(self, device):
         "Keep the images on `device` from now on"
@@ -278,7 +278,7 @@ class AutoAugmentCutout:
         return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
     def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
 
-# %% ../nbs/04_data.ipynb #a3eaaa23
+# %% ../nbs/04_data.ipynb #c997f58a
 class ArrayDL(TfmdDL):
     "A fastai `DataLoader` over an `ArrayDataset` held on the device; indices are drawn when a batch is asked for."
     def __init__(self,
@@ -300,7 +300,7 @@ class ArrayDL(TfmdDL):
 
     def __len__(self):
         if not self.shuffle: return super().__len__()
-        return self.n_batches or max(1, round(len(self.dataset)/self.bs))
+        return max(1, round(len(self.dataset)/self.bs)) if self.n_batches is None else self.n_batches
 
     def __iter__(self):
         self.before_iter()

@@ -6,7 +6,7 @@
 __all__ = ['ScaledLinear', 'trained', 'replace_classifier', 'ClassifierOnly', 'feature_bank', 'tau_normalize',
            'nearest_class_mean']
 
-# %% ../nbs/11_decoupled.ipynb #f7f468f6
+# %% ../nbs/11_decoupled.ipynb #df147842
 import torch
 from torch import nn, Tensor
 from fastai.callback.core import Callback
@@ -19,6 +19,7 @@ from fastcore.foundation import L
 from .core import _plain
 from .data import ArrayDL, FeatureBank
 from .models import classifier_input, find_classifier
+from .samplers import ClassSampler
 
 # %% ../nbs/11_decoupled.ipynb #fdd7fde9
 class ScaledLinear(nn.Linear):
@@ -143,12 +144,15 @@ def feature_bank(
     vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
     return FeatureBank(torch.cat(feats), torch.cat(targs), [str(v) for v in vocab])
 
-# %% ../nbs/11_decoupled.ipynb #2d19d5e0
+# %% ../nbs/11_decoupled.ipynb #c2b15c82
 def _fit_on_bank(learn, head, n_epoch, lr, views, cbs, kwargs):
     "`fit_classifier` on features"
     device, dl = next(head.parameters()).device, learn.dls.train
     bank, valid = feature_bank(learn, views), feature_bank(learn, 1, 1)
-    dls = DataLoaders(ArrayDL(bank, dl.bs, shuffle=True, n_batches=len(dl), seed=getattr(dl, 'seed', 0), device=device), ArrayDL(valid, 1000, device=device), device=device)
+    sampler = getattr(dl, 'sampler', None)
+    if isinstance(sampler, ClassSampler): sampler = ClassSampler(bank, sampler.rates, 0, bank.c, rank=sampler.rank, world_size=sampler.world_size, device=device)
+    else: sampler = None
+    dls = DataLoaders(ArrayDL(bank, dl.bs, shuffle=True, sampler=sampler, n_batches=len(dl), seed=getattr(dl, 'seed', 0), device=device), ArrayDL(valid, 1000, device=device), device=device)
     dls.c = learn.dls.c
     for p in head.parameters(): p.requires_grad_(any(p is q for q in trained(head)))
     inner = Learner(dls, head, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, wd=learn.wd, wd_bn_bias=learn.wd_bn_bias, moms=learn.moms, metrics=learn.metrics)

@@ -6,7 +6,7 @@
 __all__ = ['ClassRates', 'soft_draw', 'rate_gradient', 'inner_step', 'closed_form_credit', 'autograd_credit', 'MetaSampler',
            'weight_gradient', 'MetaReweighter']
 
-# %% ../nbs/09_meta.ipynb #4ff72d1f
+# %% ../nbs/09_meta.ipynb #cf179633
 import math, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -23,7 +23,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import class_counts, _positive, _few, _plain
-from .data import ArrayDL
+from .data import ArrayDL, FeatureBank
 from .metrics import COLORS, _axis
 from .models import classifier_input, find_classifier
 from .samplers import ClassSampler, SampledDL, sampling_rates
@@ -53,7 +53,7 @@ class ClassRates(nn.Module):
         "pi_c, the share of each class in a batch"
         return self.log_rates().detach().exp()
 
-# %% ../nbs/09_meta.ipynb #4509d834
+# %% ../nbs/09_meta.ipynb #080d35d5
 def soft_draw(
     classes:Tensor, # The classes that were drawn (b,), int64
     rates:Tensor, # The rates they were drawn by (k,), summing to 1
@@ -63,7 +63,7 @@ def soft_draw(
 ) -> Tensor: # Soft draws (b, k); rows sum to 1, the largest entry is the drawn class's
     "Gumbel-softmax draws from their distribution given the hard draw (Ren et al. 2020, supplement B.1; Jang et al. 2017)"
     if noise is None: noise = torch.rand(len(classes), len(rates), generator=generator, device=rates.device, dtype=rates.dtype)
-    t = noise.log().neg_()                              # E, exponential
+    t = noise.clamp_min(torch.finfo(noise.dtype).tiny).log_().neg_()      # E, exponential; a uniform number may be 0
     first = t.gather(1, classes[:, None])               # T: when the drawn class rings
     t = t.div_(rates).add_(first).scatter_(1, classes[:, None], first)
     if tau != 1: return t.log_().mul_(-1/tau).softmax(1)
@@ -82,9 +82,6 @@ def rate_gradient(
     if soft is None: return total.index_add_(0, classes, credit).sub_(credit.sum()*rates)
     c = credit*soft.gather(1, classes[:, None])[:, 0]/tau
     return total.index_add_(0, classes, c).sub_(c @ soft)
-
-# %% ../nbs/09_meta.ipynb #1a852c29
-def _fixed(v, like): return torch.as_tensor(v, dtype=like.dtype, device=like.device)
 
 # %% ../nbs/09_meta.ipynb #053e751c
 def _sgd(p, g, lr, wd=0., decay=0., mom=0., damp=0., nesterov=False, buf=None):
@@ -179,7 +176,7 @@ def closed_form_credit(
     if average: meta = [average(g) for g in meta]
     return (dlogits*F.linear(features, *pull(meta))).sum(1)
 
-# %% ../nbs/09_meta.ipynb #601cdafc
+# %% ../nbs/09_meta.ipynb #bf23ea59
 def autograd_credit(
     losses, # From a list of parameters to each sample's share of the training loss (b,)
     meta_loss, # From a list of parameters to the meta loss
@@ -194,9 +191,17 @@ def autograd_credit(
         new = [p.requires_grad_() for p in new]
         meta = torch.autograd.grad(meta_loss(new), new, allow_unused=True, materialize_grads=True)
     if average: meta = [average(g) for g in meta]
-    return torch.func.jvp(lambda *ps: losses(list(ps)), tuple(p.detach() for p in params), tuple(pull(meta)))[1]
+    params, v = [p.detach() for p in params], pull(meta)
+    try: return torch.func.jvp(lambda *ps: losses(list(ps)), tuple(params), tuple(v))[1]
+    except NotImplementedError: pass                                  # a layer without forward mode: twice in reverse
+    with torch.enable_grad():
+        params = [p.requires_grad_() for p in params]
+        l = losses(params)
+        s = torch.ones_like(l, requires_grad=True)
+        grads = torch.autograd.grad((s*l).sum(), params, create_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(sum((g*d).sum() for g, d in zip(grads, v)), s)[0]
 
-# %% ../nbs/09_meta.ipynb #aa6c8ee1
+# %% ../nbs/09_meta.ipynb #aad05f1d
 class _Meta(Callback):
     "What `MetaSampler` and `MetaReweighter` share"
     order, run_valid = 60, False                                     # after mixed precision and the wrapping of the model
@@ -217,9 +222,9 @@ class _Meta(Callback):
             if v not in known: raise ValueError(f'{name} must be {" or ".join(map(repr, known))}, not {v!r}')
         self.adam, self.inner, self.backprop, self.start = dict(lr=lr, betas=betas), inner, backprop, dict(init_pow=init_pow, count_pow=count_pow)
         self.meta_bs, self.meta_ds, self.labels, self.seed, self.record = meta_bs, meta_ds, labels, seed, record
-        self.psi, self.history, self.n_steps, self.handle, self.warned = None, [], 0, None, False
+        self.psi, self.history, self.n_steps, self.handle, self.warned, self.trying, self.pending = None, [], 0, None, False, None, None
 
-# %% ../nbs/09_meta.ipynb #97087547
+# %% ../nbs/09_meta.ipynb #74d1e143
 @patch
 def _check(self:_Meta):
     "Raise `ValueError` for what cannot work"
@@ -229,18 +234,20 @@ def _check(self:_Meta):
         if isinstance(cb, GradientAccumulation): raise ValueError(f'{name} takes each batch for one step: use a larger bs in place of GradientAccumulation')
         if isinstance(cb, _Meta) and cb is not self: raise ValueError(f'{name} and {type(cb).__name__} cannot train together: one of them')
     dl = self.dls.train
+    if type(dl).__name__ == 'DistributedDL': raise ValueError(f"{name} shares out its draws between the ranks itself and does not work under fastai's distrib_ctx: start the process group and wrap the model in DistributedDataParallel, without it")
     if not isinstance(dl, (ArrayDL, TfmdDL)) or not hasattr(dl.dataset, '__len__'):
         raise ValueError(f'{name} needs a loader whose images can be drawn by class: an ArrayDL, or a fastai loader over a data set with a length, not {type(dl).__name__} over {type(dl.dataset).__name__}')
     try: counts = class_counts(self._labels(), getattr(self.dls, 'c', None))
     except TypeError as e: raise ValueError(f'{name}: no class counts, since the training set does not say its labels. Give them: {name}(labels=...)') from e
-    if self.labels is not None and len(self.labels) != len(dl.dataset): raise ValueError(f'{name}: {len(self.labels)} labels for {len(dl.dataset)} training images')
+    if self._labels() is self.labels and len(self.labels) != len(dl.dataset): raise ValueError(f'{name}: {len(self.labels)} labels for {len(dl.dataset)} training images')
     if (counts == 0).any(): raise ValueError(f'{name}: no images, so no meta images, of classes {_few(counts == 0)}')
     return counts
 
 @patch
 def _labels(self:_Meta):
     "Where the labels of the training set stand"
-    return self.dls.train.dataset if self.labels is None else self.labels
+    ds = self.dls.train.dataset
+    return ds if self.labels is None or isinstance(ds, FeatureBank) else self.labels       # a bank of views has labels of its own
 
 @patch
 def _find(self:_Meta, k):
@@ -251,7 +258,7 @@ def _find(self:_Meta, k):
     except ValueError as e:
         if self.backprop == 'closed': raise ValueError(f"backprop='closed' needs a linear last layer: {e}") from e
         head = None
-    alone = head is not None and type(head).forward is nn.Linear.forward and {p for p in net.parameters() if p.requires_grad} == set(head.parameters())
+    alone = head is not None and type(head).forward is nn.Linear.forward and {n for n, _ in head.named_parameters()} <= {'weight', 'bias'} and {p for p in net.parameters() if p.requires_grad} == set(head.parameters())
     if self.backprop == 'closed' and not alone: raise ValueError("backprop='closed' needs the last linear layer to be all that is trained. Freeze the rest, or use 'autograd'")
     if not self.names: raise ValueError('Nothing is trained: no parameter requires a gradient')
     self.head = head if alone and self.backprop != 'autograd' else None
@@ -294,46 +301,59 @@ def _meta_batch(self:_Meta):
     b = to_device(b, self.psi.w.device)
     return [_plain(x) if isinstance(x, Tensor) else x for x in b[:n]], _plain(b[n]).long()
 
-# %% ../nbs/09_meta.ipynb #24d2522b
+# %% ../nbs/09_meta.ipynb #3b9250f6
 @patch
-def before_fit(self:_Meta):
-    self.trying = None
-    if hasattr(self.dls.train.dataset, '__len__') and not len(self.dls.train.dataset): return      # an exported learner predicts
-    counts = self._check()
+def _prepare(self:_Meta):
+    "Rates, draws and meta batches for this training set"
+    counts, dl, device = self._check(), self.dls.train, next(getattr(self.model, 'module', self.model).parameters()).device
+    about = dl.dataset, dl.bs, device, self.model
     self._find(len(counts))
-    device = next(self.net.parameters()).device
-    if self.psi is None or len(self.psi.w) != len(counts):
-        self.psi = ClassRates(counts, **self.start)
-        self.gen, self.n_steps, self.history = torch.Generator(device).manual_seed(self.seed + 2), 0, []
-        self.psi.to(device)
+    if self.psi is None or any(a is not b for a, b in zip(about[::3], self.about[::3])) or about[1:3] != self.about[1:3]:
+        self.about, self.psi = about, ClassRates(counts, **self.start).to(device)
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), fused=device.type in ('cpu', 'cuda'), **self.adam)
+        self.gen, self.n_steps, self.history = torch.Generator(device).manual_seed(self.seed + 2), 0, []
         self._meta_loader(counts, device)
         self._ready(counts, device)
-    self.rates, self.checked = self.psi.rates(), False
-    self._install()
-    if hasattr(self.learn, 'lr_finder'): self.trying = deepcopy(self.state_dict())
+    self.rates = self.psi.rates()
+    if self.pending: self.load_state_dict(self.pending)
+    if hasattr(self.learn, 'lr_finder') and not self.trying: self.trying = deepcopy(self.state_dict())
 
-@patch
-def after_fit(self:_Meta):
-    self._uninstall(); self.after_train()
-    self.meta_iter = None
-    if self.trying: self.load_state_dict(self.trying)
-
+# %% ../nbs/09_meta.ipynb #4e21d07f
 @patch
 def before_train(self:_Meta):
-    self.after_train()
+    self._release()
+    self._prepare()
     self._install()
+    self.learn.dl, self.checked = self.dls.train, False
+    self.random = any(m.training for m in self.net.modules() if m is not self.head and not any(m.children()))
     self.handle = self.head.register_forward_hook(self._keep) if self.head else None
 
 @patch
-def after_train(self:_Meta):
-    if self.handle: self.handle.remove(); self.handle = None
-    self.features = self.dlogits = self.out = None
+def after_train(self:_Meta): self._release()
+
+@patch
+def after_fit(self:_Meta):
+    if self.trying: self.load_state_dict(self.trying); self.trying = None
+
+@patch
+def _release(self:_Meta):
+    "Leave network and loader as they were"
+    if self.handle: self.handle.remove()
+    if self.psi is not None: self._uninstall()
+    self.handle = self.meta_iter = self.features = self.dlogits = self.out = None
+
+@patch(as_prop=True)
+def learn(self:_Meta): return self.__dict__.get('_learn')
+
+@patch(set_prop=True)
+def learn(self:_Meta, learn):
+    if learn is None: self._release()                                # taken out of the learner, also after an error
+    self.__dict__['_learn'] = learn
 
 @patch
 def _keep(self:_Meta, module, inp, out):
     "Keep what the classifier was given, and the gradient at its output"
-    if not self.training or not out.requires_grad: return
+    if self.learn is None or not self.training or not out.requires_grad: return
     self.features, self.out = inp[0].detach(), out.detach()
     out.register_hook(lambda g: setattr(self, 'dlogits', g))
 
@@ -360,7 +380,7 @@ def _scale(self:_Meta):
     scaler = getattr(self.learn, 'scaler', None) if hasattr(self.learn, 'mixed_precision') else None
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
 
-# %% ../nbs/09_meta.ipynb #0fdcc99f
+# %% ../nbs/09_meta.ipynb #1c40a74a
 @patch
 def _step_of(self:_Meta, params):
     "The trial step of these parameters"
@@ -371,7 +391,7 @@ def _closed(self:_Meta, scale):
     if self.features is None or self.dlogits is None: raise ValueError('The closed form saw no gradient at the last linear layer: is it part of the forward pass?')
     xm, ym = self._meta_batch()
     params, wide = list(self.head.parameters()), self.head.weight.dtype
-    with self._amp(): fm = classifier_input(self.net, *xm)
+    with self._amp(), self._fork(): fm = classifier_input(self.net, *xm)
     f, d, fm = (t.to(wide) for t in (self.features, self.dlogits, fm))
     if scale != 1: d = d/scale
     # the gradient of a rank's own mean; the optimiser's is the mean over ranks
@@ -391,44 +411,51 @@ def _auto(self:_Meta, scale):
         return self._shares(_plain(run(ps, xb)).float() if scale != 1 else _plain(run(ps, xb)), y)
     with self._fork(): return autograd_credit(losses, lambda ps: F.cross_entropy(_plain(run(ps, xm)), ym), params, grads, self._step_of(params), _average)
 
-# %% ../nbs/09_meta.ipynb #be617d31
+# %% ../nbs/09_meta.ipynb #b858a3e3
+def _rng(dev): return torch.get_rng_state(), torch.cuda.get_rng_state(dev) if dev.type == 'cuda' else None
+def _set_rng(state, dev):
+    torch.set_rng_state(state[0])
+    if state[1] is not None: torch.cuda.set_rng_state(state[1], dev)
+
 @patch
 def before_batch(self:_Meta):
-    if self.head is None:
-        dev = self.psi.w.device
-        self.rng = torch.get_rng_state(), torch.cuda.get_rng_state(dev) if dev.type == 'cuda' else None
+    if self.training and self.head is None: self.rng = _rng(self.psi.w.device)
 
 @patch
 def _fork(self:_Meta):
     "Random numbers drawn under it leave those of training as they were"
     dev = self.psi.w.device
-    return torch.random.fork_rng([dev] if dev.type == 'cuda' else [], enabled=self.head is None)
+    return torch.random.fork_rng([dev] if dev.type == 'cuda' else [], enabled=self.random)
 
 @patch
 def _as_before(self:_Meta):
     "The random numbers of the training pass (dropout, a loss that draws) once more"
-    torch.set_rng_state(self.rng[0])
-    if self.rng[1] is not None: torch.cuda.set_rng_state(self.rng[1], self.psi.w.device)
+    _set_rng(self.rng, self.psi.w.device)
 
 @patch
 def _shares(self:_Meta, pred, y):
     "Each sample's share of the training loss (b,)"
     lf = self.loss_func
+    dev = self.psi.w.device
+    state = _rng(dev)
     with NoneReduce(lf) as f: l = f(pred, y)
     if l.shape != y.shape: raise ValueError(f'The loss gives {tuple(l.shape)} values for {len(y)} samples without reduction: one a sample is needed')
-    f, scale = getattr(lf, 'func', lf), 1.                            # fastai's flattened losses
+    scale, total = 1., l.detach().sum()
     if getattr(lf, 'reduction', 'mean') != 'sum':
-        weighted = getattr(f, 'weight', None) is not None or getattr(f, 'balance', None) is not None
-        scale = lf(pred, y).detach()/l.detach().sum() if weighted else 1/len(y)      # a weighted mean divides by its sum of weights
+        after = _rng(dev)
+        _set_rng(state, dev)                                          # a loss that draws, draws the same
+        mean = lf(pred, y).detach()
+        _set_rng(after, dev)
+        scale = torch.where(total == 0, 1/len(y), mean/total)         # 1/b, or one over the sum of the weights
     weights = self._weights(y)
     return l*scale if weights is None else l*weights*scale
 
-# %% ../nbs/09_meta.ipynb #4315f154
+# %% ../nbs/09_meta.ipynb #1aa559aa
 @patch
 def after_backward(self:_Meta):
     y, scale = _plain(self.y), self._scale()
     if not self.checked: self._first(y)
-    if _lr(self.opt, next(p for p in self.net.parameters() if p.requires_grad)) == 0:
+    if not any(h['lr'] for h in self.opt.hypers):
         if not self.warned: warnings.warn(f'{type(self).__name__}: the learning rate is 0, so the trial step is nil and the rates learn nothing'); self.warned = True
         return
     with torch.no_grad(), _no_stats(self.norms): credit = (self._closed if self.head else self._auto)(scale)
@@ -450,21 +477,25 @@ def _first(self:_Meta, y):
         raise ValueError("The model's output is not that of its last linear layer, so the closed form does not hold: use backprop='autograd'")
     self.checked = True
 
-# %% ../nbs/09_meta.ipynb #ca2b829e
+# %% ../nbs/09_meta.ipynb #aa295268
 @patch
 def state_dict(self:_Meta) -> dict:
-    "The rates, Adam's state, the generators and the history"
+    "The rates, Adam's state, the generators and the history; for `load_state_dict` of a new callback, before or after its first fit"
     if self.psi is None: raise ValueError(f'{type(self).__name__} has no state before its first fit')
-    return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), gen=self.gen.get_state(), meta=self.meta_dl.state_dict(), n_steps=self.n_steps, history=list(self.history))
+    return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), gen=self.gen.get_state(), meta=self.meta_dl.state_dict(), n_steps=self.n_steps, history=list(self.history),
+                **({'sampler': self.sampler.state_dict()} if hasattr(type(self), 'estimators') else {}))
 
 @patch
 def load_state_dict(self:_Meta, s):
-    "Go on from a `state_dict`, after fit has begun once"
+    "Go on from a `state_dict`: at once, or when the first fit begins"
+    self.pending = s if self.psi is None else None
+    if self.psi is None: return
     self.meta_iter = None
     if len(s['w']) != len(self.psi.w): raise ValueError(f'The saved rates are of {len(s["w"])} classes, the data have {len(self.psi.w)}')
     with torch.no_grad(): self.psi.w.copy_(s['w'])
     self.psi_opt.load_state_dict(s['adam']); self.gen.set_state(s['gen'].cpu()); self.meta_dl.load_state_dict(s['meta'])
     self.n_steps, self.history, self.rates = s['n_steps'], list(s['history']), self.psi.rates()
+    if 'sampler' in s: self.sampler.load_state_dict(s['sampler'])
     self._updated()
 
 # %% ../nbs/09_meta.ipynb #49d1ff35
@@ -478,16 +509,17 @@ def plot(self:_Meta, ax=None, title='Learned r_c by class'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/09_meta.ipynb #0f60c1cc
+# %% ../nbs/09_meta.ipynb #81f65882
 @delegates(_Meta.__init__)
 class MetaSampler(_Meta):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
+    estimators = 'gumbel', 'expected'
     def __init__(self,
         estimator:str='gumbel', # 'gumbel', the paper's straight-through estimator, or 'expected', which is exact in expectation
         tau:float=1., # Temperature of the soft draws
         **kwargs
     ):
-        if estimator not in ('gumbel', 'expected'): raise ValueError(f"estimator must be 'gumbel' or 'expected', not {estimator!r}")
+        if estimator not in self.estimators: raise ValueError(f"estimator must be 'gumbel' or 'expected', not {estimator!r}")
         if not tau > 0: raise ValueError(f'tau must be positive, not {tau}')
         super().__init__(**kwargs)
         self.estimator, self.tau = estimator, tau
@@ -503,7 +535,7 @@ class MetaSampler(_Meta):
         self.staleness = getattr(self.dls.train, 'staleness', 0)
     def _uninstall(self):
         dl = self.dls.train
-        if self.psi is None or getattr(dl, 'sampler', None) is not self.sampler: return
+        if getattr(dl, 'sampler', None) is not self.sampler: return
         if isinstance(dl, ArrayDL): dl.sampler = self.was
         else: self.dls.loaders[0] = self.was
     def _weights(self, y): return None

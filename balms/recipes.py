@@ -35,7 +35,7 @@ from .meta import MetaReweighter, MetaSampler
 from .models import MODELS, get_model, body_fc, find_classifier
 from .samplers import ClassSampler, sampling_rates
 
-# %% ../nbs/12_recipes.ipynb #76cb3093
+# %% ../nbs/12_recipes.ipynb #2fed4556
 @dataclass(frozen=True)
 class Method:
     "What a row of the paper's tables does differently from the others"
@@ -59,6 +59,7 @@ class Method:
     @property
     def two_stages(self) -> bool: return bool(self.loss and self.stage1)
 
+# %% ../nbs/12_recipes.ipynb #b79decfb
 _ce, _quarter = lambda counts: nn.CrossEntropyLoss(), partial(BalancedSoftmax, tau=.25)
 _dt = partial(Method, stage1='softmax')
 _ldam = partial(Method, loss=LDAM, head=CosineLinear, adjust=lambda logits, counts: LDAM(counts).s*logits)   # probabilities are those of s times the cosines
@@ -93,17 +94,18 @@ for a, (title, _) in _PARTS.items():
     for b, (other, how) in _PARTS.items():
         if (a, b) not in (('s', 'cbs'), ('s', 'bs')): METHODS[f'{a}_{b}'] = Method(f'{title}, then {other}', stage1=dict(s='softmax').get(a, a), **how)
 
-# %% ../nbs/12_recipes.ipynb #0fe0c7d4
+# %% ../nbs/12_recipes.ipynb #33a51d29
 _cifar = dict(model='resnet32', iters=13000, bs=512, lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True, augment='autoaugment_cutout')
 _small = dict(_cifar, model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip')
 _second = dict(iters2=2000, lr2=.1, views=0, bn_drift=False, meta_lr=.01, meta_beta2=.99, init_pow=0.)
+_rates = 'meta_lr', 'meta_beta2', 'init_pow'                                         # for methods that learn rates
 PRESETS = dict(paper=dict(_cifar, **_second), code=dict(_cifar, nesterov=False, iters=12400, **dict(_second, bn_drift=True, meta_beta2=.999)), small=dict(_small, **dict(_second, iters2=400)))
 _digits = dict(PRESETS['small'], model='small_cnn', iters=600, bs=64, augment='shift', threads=1)   # the preset `small` of the digits
 
 AUGMENTS = dict(none=lambda: None, shift=lambda: CropFlip(1, flip=False), crop_flip=CropFlip, autoaugment_cutout=AutoAugmentCutout)
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                             # where a recipe does not say
 
-# %% ../nbs/12_recipes.ipynb #6c3b33a2
+# %% ../nbs/12_recipes.ipynb #b0ed051b
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a training run. Raises `ValueError` with the choices for a name that does not exist."
@@ -140,23 +142,34 @@ class Recipe:
         fill(preset='paper' if self.data in ('cifar10', 'cifar100') else 'small', imbalance=IMBALANCE.get(self.data))
         if self.data == 'digits' and self.preset != 'small': raise ValueError(f"digits have the preset 'small' only, not {self.preset!r}")
         for name, choices in (('method', METHODS), ('preset', PRESETS)): self._known(name, choices)
+        if self.views and self.bn_drift: raise ValueError('A bank of features is computed once, so no statistics go on: leave out views or bn_drift')
+        if self.views: fill(bn_drift=False)
         fill(**self.defaults)
-        if extra := [k for k in _second if getattr(self, k) is not None and k not in self.defaults]: raise ValueError(f'{", ".join(extra)}: the method {self.method!r} has no second stage')
-        for name, choices in (('model', MODELS), ('augment', AUGMENTS), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
-        if self.imbalance is not None and float(_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
-        if self.size and self.data in DATASETS: raise ValueError(f'size is for folders of images; {self.data} has its own')
-        for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1), ('iters2', 1), ('views', 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low: raise ValueError(f'{name} must be {low} or more, not {getattr(self, name)}')
+        self._values()
 
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
 
-# %% ../nbs/12_recipes.ipynb #bc82a6a7
+# %% ../nbs/12_recipes.ipynb #95e414dd
+@patch
+def _values(self:Recipe):
+    "Raise `ValueError` for a value that cannot be"
+    if extra := [k for k in _second if getattr(self, k) is not None and k not in self.defaults]: raise ValueError(f'{", ".join(extra)}: the method {self.method!r} has no {"learned rates" if METHODS[self.method].two_stages else "second stage"}')
+    for name in ('lr', 'warmup_lr', 'wd', 'momentum', 'lr2', 'meta_lr', 'meta_beta2'):
+        if not 0 <= (getattr(self, name) or 0) < (1 if name in ('momentum', 'meta_beta2') else math.inf): raise ValueError(f'{name} must be 0 or more{", and below 1" if name in ("momentum", "meta_beta2") else ""}, not {getattr(self, name)}')
+    for name, choices in (('model', MODELS), ('augment', AUGMENTS), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
+    if self.imbalance is not None and float(_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
+    if self.size and self.data in DATASETS: raise ValueError(f'size is for folders of images; {self.data} has its own')
+    for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1), ('iters2', 1), ('views', 0)):
+        if getattr(self, name) is not None and getattr(self, name) < low: raise ValueError(f'{name} must be {low} or more, not {getattr(self, name)}')
+
+# %% ../nbs/12_recipes.ipynb #0ae18c19
 @patch(as_prop=True)
 def defaults(self:Recipe) -> dict:
     "What the preset says for this data set and method"
     preset = _digits if self.data == 'digits' else PRESETS[self.preset]
-    return {k: v for k, v in preset.items() if k not in _second or METHODS[self.method].two_stages}
+    m = METHODS[self.method]
+    return {k: v for k, v in preset.items() if k not in _second or m.two_stages and (m.meta or k not in _rates)}
 
 @patch(as_prop=True)
 def changed(self:Recipe) -> dict:
@@ -165,10 +178,14 @@ def changed(self:Recipe) -> dict:
     return {k: getattr(self, k) for k, v in same.items() if getattr(self, k) != v}
 
 @patch(as_prop=True)
+def said(self:Recipe) -> str:
+    "All of it as JSON, but for settings of a second stage that the method does not have"
+    return json.dumps({k: v for k, v in asdict(self).items() if k not in _second or v is not None}, sort_keys=True)
+
+@patch(as_prop=True)
 def key(self:Recipe) -> str:
     "A name for the run, different for different recipes"
-    said = {k: v for k, v in asdict(self).items() if k not in _second or v is not None}
-    digest = zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    digest = zlib.crc32(self.said.encode())
     return f'{Path(self.data).name}-{"own" if self.imbalance is None else f"{self.imbalance:g}"}-{self.preset}-{self.method}-{self.seed}-{digest:08x}'
 
 @patch(as_prop=True)
@@ -211,7 +228,7 @@ class TrainOnly(Callback):
     def after_batch(self): self.recorder.losses.clear(); self.recorder.lrs.clear()   # small tensors between large ones keep freed memory from being used again
     def before_validate(self): raise CancelValidException()
 
-# %% ../nbs/12_recipes.ipynb #256c9a34
+# %% ../nbs/12_recipes.ipynb #8d092072
 class Checkpoint(Callback):
     "Saves the state of training every `every` seconds and when it is stopped; takes up a saved state when training begins."
     order = 100                                                     # after mixed precision has made its scaler
@@ -237,8 +254,9 @@ class Checkpoint(Callback):
     def release(self):
         "Give back the signal handlers"
         while self.handlers: signal.signal(*self.handlers.popitem())
+    def before_train(self):                                         # loaders and callbacks are ready
+        if 'model' in self.saved and self.step == self.saved['step']: self.restore(self.saved)
     def before_fit(self):
-        if 'model' in self.saved: self.restore(self.saved)
         self.began = self.last = time.time()
         if threading.current_thread() is threading.main_thread(): self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
     def _stop(self, *_):
@@ -272,31 +290,31 @@ def _learner(recipe, train, test, counts, device):
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
-# %% ../nbs/12_recipes.ipynb #ab85703b
-def _finite(learn, recipe):
-    "`learn`, or an error if its weights are not finite"
-    if all(p.isfinite().all() for p in learn.model.parameters()): return learn
-    raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {recipe.lr} too high?')
+# %% ../nbs/12_recipes.ipynb #0c3fa2d3
+def _finite(learn, r, lr):
+    "An error if weights, or learned rates, are not finite"
+    if not all(p.isfinite().all() for p in learn.model.parameters()): raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {lr} too high?')
+    if r is not None and not all(map(math.isfinite, r)): raise FloatingPointError('The learned class rates are not finite')
 
 def _fit(learn, recipe, folder, iters, lr_at, crc, cbs=(), trained=None, progress=False, every=30., stop_at=None):
     "Train for `iters` steps, from what is in `folder`, and keep all of `trained` there. What was saved at the end: seconds, learned r"
     done, trained = folder/'model.pt', learn if trained is None else trained
-    about = dict(recipe=json.dumps(asdict(recipe), sort_keys=True), train_crc=crc)
+    about = dict(recipe=recipe.said, train_crc=crc)
     ckpt = Checkpoint(done if done.exists() else folder/'checkpoint.pt', about, every, stop_at)
     if ckpt.path == done:
         trained.model.load_state_dict(ckpt.saved['model'])
-        _finite(trained, recipe)
+        _finite(trained, ckpt.saved.get('r'), lr_at(0))
         return ckpt.saved
     folder.mkdir(parents=True, exist_ok=True)
-    learn.dls.train.n_batches = iters - ckpt.step
+    learn.dls.train.n_batches = iters - ckpt.step                     # 0 if it was stopped after the last step: only restored
     for cb in cbs:
         if isinstance(cb, DeferredReweighting): cb.progress = lambda: ckpt.step/iters      # of the whole run, not of what is left of it
     try:
         with nullcontext() if progress else learn.no_bar(): learn.fit(1, cbs=[*cbs, Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
     finally: ckpt.release()
     if ckpt.stop: raise Interrupted(f'Stopped after step {ckpt.step} of {iters}. The same command goes on from there')
-    _finite(trained, recipe)
-    r = next((cb.psi.r.tolist() for cb in cbs if hasattr(cb, 'psi')), None)
+    r = next((cb.psi.r.tolist() for cb in cbs if hasattr(type(cb), 'load_state_dict')), None)
+    _finite(trained, r, max(lr_at(0), lr_at(iters//2)))
     saved = dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=trained.model.state_dict(), r=r)
     _save(done, saved)
     (folder/'checkpoint.pt').unlink(missing_ok=True)
@@ -421,7 +439,7 @@ def _run(recipe, out, train, test, device, progress, stop_at):
     return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
                 counts=counts.tolist(), train_crc=crc, **_environment(device))
 
-# %% ../nbs/12_recipes.ipynb #7c9f9ecd
+# %% ../nbs/12_recipes.ipynb #2808cbf9
 _COLUMNS = [(data, imbalance) for data in ('cifar10', 'cifar100') for imbalance in (200, 100, 10)]
 _TABLE = dict( # Ren et al. 2020, Tables 2 and 5: top-1 accuracy in %, mean and standard error over 3 runs
     softmax          = (71.2, .3, 77.4, .8, 90.0, .2, 41.0, .3, 45.3, .3, 61.9, .1), cbs       = (68.3, .3, 77.8, 2.2, 90.2, .2, 37.8, .1, 42.6, .4, 61.2, .3),
@@ -435,6 +453,8 @@ _TABLE = dict( # Ren et al. 2020, Tables 2 and 5: top-1 accuracy in %, mean and 
     bs_dt_mr         = (79.2, .0, 84.1, .0, 91.2, .1, 45.3, .3, 50.8, .0, 63.5, .1), balms     = (81.5, .0, 84.9, .1, 91.3, .1, 45.5, .1, 50.8, .0, 63.0, .1),
 )
 PAPER = {c: {m: (v[2*i], v[2*i + 1]) for m, v in _TABLE.items()} for i, c in enumerate(_COLUMNS)} # {(data, imbalance): {method: (mean, standard error)}}
+
+# %% ../nbs/12_recipes.ipynb #875ce27b
 _TABLE8 = dict(s_s=69.53, cbs_s=57.06, bs_s=65.75, crt=76.59, cbs_cbs=63.96, bs_cbs=75.35, bs_dt=78.53, cbs_bs=68.24, bs_bs=77.04) # CIFAR-10-LT, imbalance 200
 TABLES = { # The paper's tables of CIFAR-LT: their methods, and its numbers by column
     2: ('softmax cbw cbs focal class_balanced ldam eql crt lws balms'.split(), PAPER),
@@ -443,18 +463,27 @@ TABLES = { # The paper's tables of CIFAR-LT: their methods, and its numbers by c
 }
 SCORES = ('overall', 'many', 'medium', 'few', 'ece')
 
+# %% ../nbs/12_recipes.ipynb #fbc68592
 def mean_se(values) -> tuple: # (mean, standard error), nan where there are too few values
     "Mean and standard error of the mean"
     v = torch.tensor([math.nan if x is None else x for x in values], dtype=torch.float64)
     return v.mean().item(), (v.std()/len(v)**.5).item() if len(v) > 1 else math.nan
 
+# %% ../nbs/12_recipes.ipynb #a25a1971
+def _changed(r, second):
+    "What a row changed of its preset, in the second stage or but for it"
+    return ', '.join(f'{k}={v}' for k, v in r['changed'].items() if (k in _second) == second)
+
 def summary(
     rows:list, # Rows of a ledger
 ) -> dict: # {(data, imbalance, preset and changes): {method: dict(n=seeds, seconds=, overall=(mean, se), ...)}}
     "Mean and standard error over seeds, by data set, imbalance, preset and method"
-    groups = {}
+    groups, second = {}, {}
+    for r in rows:                                                    # the settings of second stages, if they are the same in all rows of a data set and preset
+        if r['recipe'].get('iters2'): second.setdefault((r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']), set()).add(_changed(r, True))
     for r in {r['key']: r for r in rows}.values():                    # a recipe counts once, its last row
-        p, c = r['recipe'], ', '.join(f'{k}={v}' for k, v in r['changed'].items())
+        p, own = r['recipe'], second.get((r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']), set())
+        c = ', '.join(filter(None, [_changed(r, False), next(iter(own)) if len(own) == 1 else _changed(r, True)]))
         groups.setdefault((p['data'], p['imbalance'], p['preset'] + (f' ({c})' if c else '')), {}).setdefault(p['method'], []).append(r)
     known = list(METHODS)
     order = lambda ms: dict(sorted(ms.items(), key=lambda m: known.index(m[0]) if m[0] in known else len(known)))
@@ -486,13 +515,12 @@ def format_table(
         out.append(_grid(_title(data, imb, preset), head, body, markdown))
     return '\n\n'.join(out) or 'The ledger is empty.'
 
-# %% ../nbs/12_recipes.ipynb #deb9305f
+# %% ../nbs/12_recipes.ipynb #b56e9dee
 def _by_method(rows):
     "Rows by method, and what they have in common; an error if that is not one set of runs"
-    rest = lambda r, second: str({k: v for k, v in r['changed'].items() if (k in _second) == second})
-    by, same = {}, {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], rest(r, False)) for r in rows}
+    by, same = {}, {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], _changed(r, False)) for r in rows}
     for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
-    odd = [m for m, rs in by.items() if len({rest(r, True) for r in rs}) > 1]           # only methods with a second stage have its settings
+    odd = [m for m, rs in by.items() if len({_changed(r, True) for r in rs}) > 1]           # only methods with a second stage have its settings
     if len(same) != 1 or odd: raise ValueError(f'One data set, imbalance, preset and set of changes a figure; got {sorted(map(str, same)) if len(same) != 1 else f"several second stages of {odd}"}')
     n = max(map(len, by.values()))
     mean = lambda k: {METHODS[m].title: torch.tensor([r[k] for r in by[m]]).mean(0) for m in METHODS if m in by and k in by[m][0]}

@@ -200,7 +200,7 @@ def test_resumes_bit_for_bit(cls, make):
     fit(first, cbs=[cb1, keep])
     class Load(Callback):
         order = 100
-        def before_fit(self):
+        def before_train(self):
             s = keep.state
             self.model.load_state_dict(s['model']); self.opt.load_state_dict(s['opt']); self.dls.train.load_state_dict(s['dl']); cb2.load_state_dict(s['cb']); torch.set_rng_state(s['rng'])
     second, cb2 = learner(bank(), make(9), n=8), cls(lr=.1, seed=0)
@@ -223,10 +223,14 @@ def test_an_exception_in_training_leaves_a_learner_that_can_be_used():
     class Fail(Callback):
         def before_batch(self):
             if self.training and self.iter == 2: raise ZeroDivisionError('stop')
-    learn, cb = learner(bank(), linear(), n=5), MetaSampler()
-    with pytest.raises(ZeroDivisionError): fit(learn, cbs=[cb, Fail()])
-    fit(learn, cbs=[cb]); fit(learn)
-    assert not learn.model._forward_hooks
+    for make in (linear, two_layers):
+        learn, cb = learner(bank(), make(), n=5, valid=bank(COUNTS//4)), MetaSampler()
+        before = learn.dls.train.sampler
+        with pytest.raises(ZeroDivisionError): fit(learn, cbs=[cb, Fail()])
+        assert learn.dls.train.sampler is before and not any(m._forward_hooks for m in learn.model.modules())
+        with learn.no_bar(): learn.validate()
+        fit(learn); fit(learn, cbs=[cb]); fit(learn, cbs=[MetaSampler()])
+        assert learn.dls.train.sampler is before
 
 
 def test_learning_rate_finder_puts_the_rates_back():
@@ -395,6 +399,122 @@ def test_everything_trained_by_vision_learner(photos):
     cb = MetaSampler(lr=.1)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cb)
     assert cb.head is None and cb.psi.w.isfinite().all() and cb.psi.w.abs().sum() > 0
+
+
+def test_validation_between_epochs_leaves_the_rates_of_a_file_loader(photos):
+    from fastai.vision.all import ImageDataLoaders
+    torch.manual_seed(0)
+    dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', bs=16, num_workers=0, device='cpu')
+    class Look(Callback):
+        busy = False
+        def before_train(self): loaders.append(type(self.learn.dl).__name__)
+        def after_epoch(self):
+            if not self.busy: self.busy = True; self.learn.validate(); self.busy = False
+    loaders = []
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*256, 3)), loss_func=BalancedSoftmax.from_dls(dls), opt_func=SGD)
+    look = Look(); look.order = 70
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3, cbs=[MetaSampler(), look])
+    assert loaders == ['SampledDL']*3 and type(learn.dls.train).__name__ == 'TfmdDL'
+
+
+def test_other_data_are_drawn_by_their_own_classes():
+    "A callback used again with another training set, and a state given to a new callback"
+    cb, seen = MetaSampler(lr=0.), []
+    class Spy(Callback):
+        order, run_valid = 61, False
+        def before_batch(self): seen.append(self.yb[0].as_subclass(torch.Tensor).clone())
+    for counts in (COUNTS, COUNTS.flip(0)//4):
+        seen.clear()
+        fit(learner(bank(counts), linear(), n=60), cbs=[cb, Spy()])
+        share = torch.bincount(torch.cat(seen), minlength=4)/sum(map(len, seen))
+        torch.testing.assert_close(share, (counts/counts.sum()).float(), atol=.05, rtol=0)
+
+
+def test_a_state_given_to_a_new_callback_goes_on():
+    whole, cb = learner(bank(), linear(), n=6), MetaSampler(lr=.1)
+    fit(whole, 1, cbs=[cb]); state, weights = deepcopy(cb.state_dict()), deepcopy(whole.model.state_dict())
+    opt = deepcopy(whole.opt.state_dict())
+    fit(whole, 1, cbs=[cb])
+    again, cb2 = learner(bank(), linear(), n=6), MetaSampler(lr=.1)
+    again.create_opt(); again.model.load_state_dict(weights); again.opt.load_state_dict(opt)
+    cb2.load_state_dict(state)
+    fit(again, 1, cbs=[cb2])
+    assert torch.equal(cb.psi.w, cb2.psi.w) and torch.equal(whole.model.weight, again.model.weight)
+
+
+def test_settings_arrive():
+    cb = MetaSampler(lr=.02, betas=(.8, .95), init_pow=.3, count_pow=0., meta_bs=7, record=2, tau=.5)
+    batches = []
+    class Spy(Callback):
+        order, run_valid = 59, False
+        def before_batch(self):
+            if not batches: cb._meta_batch, batches[:] = (lambda f=cb._meta_batch: batches.append(f()) or batches[-1]), [None]
+    fit(learner(bank(), linear(), n=5), cbs=[cb, Spy()])
+    group = cb.psi_opt.param_groups[0]
+    assert group['lr'] == .02 and tuple(group['betas']) == (.8, .95) and len(batches[1][1]) == 7 and [s for s, _ in cb.history] == [0, 2, 4]
+    torch.testing.assert_close(cb.history[0][1], ClassRates(COUNTS, .3).r, atol=.02, rtol=0)
+    torch.testing.assert_close(cb.psi.log_n, torch.zeros(4))
+    a, b = (torch.cat([fit(learner(bank(), linear(), n=3, lr=.3), cbs=[c]) and c.psi.w.grad for c in [MetaSampler(tau=t)]]) for t in (1., .3))
+    assert not torch.allclose(a, b)
+
+
+def test_a_noise_of_exactly_zero_is_no_nan():
+    m = soft_draw(torch.tensor([1, 0]), torch.tensor([.5, .3, .2]), noise=torch.zeros(2, 3))
+    assert m.isfinite().all() and torch.equal(m.argmax(1), torch.tensor([1, 0]))
+
+
+def test_meta_step_leaves_random_numbers_of_a_frozen_network_in_training_mode():
+    got = []
+    for cbs in ([MetaSampler(lr=0.)], []):
+        net = two_layers()
+        for p in net[:-1].parameters(): p.requires_grad_(False)
+        learn = learner(bank(), net, n=10)
+        if not cbs: learn.dls.train.sampler = ClassSampler(bank(), seed=0)
+        got.append(fit(learn, cbs=cbs).model.state_dict())
+    assert all(torch.equal(got[0][k], got[1][k]) for k in got[0])
+
+
+@pytest.mark.parametrize('loss', [lambda: BalancedSoftmax(COUNTS, weight=[1., 2., 1., 3.]), lambda: nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 1., 3.]), label_smoothing=.1),
+                                  lambda: partial(F.cross_entropy, weight=torch.tensor([1., 2., 1., 3.])), lambda: nn.CrossEntropyLoss(ignore_index=0)])
+def test_reweighter_starts_as_plain_training_with_any_loss(loss):
+    a = fit(learner(bank(), linear(), [MetaReweighter(lr=0.)], loss(), n=20))
+    b = fit(learner(bank(), linear(), loss=loss(), n=20))
+    torch.testing.assert_close(a.model.weight, b.model.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_nonlinear_heads_go_by_autograd():
+    from balms.baselines import CosineLinear
+    for head in (CosineLinear(5, 4), nn.utils.parametrizations.weight_norm(linear())):
+        cb = MetaSampler()
+        fit(learner(bank(), head, n=3), cbs=[cb])
+        assert cb.head is None and cb.psi.w.grad.abs().sum() > 0
+        with pytest.raises(ValueError, match='needs the last linear layer'): fit(learner(bank(), head, n=1), cbs=[MetaSampler(backprop='closed')])
+
+
+def test_class_balanced_loader_stays_so_on_a_bank():
+    from balms.samplers import resampled
+    train, test = digits()
+    torch.manual_seed(0)
+    learn, seen = learner(train, get_model('small_cnn', 10, 1), valid=test, n=40), []
+    class Spy(Callback):
+        run_valid = False
+        def before_batch(self): seen.append(self.yb[0].as_subclass(torch.Tensor).clone())
+    learn.dls = resampled(learn.dls, power=0.)
+    with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, views=2, cbs=Spy())
+    share = torch.bincount(torch.cat(seen), minlength=10)/sum(map(len, seen))
+    torch.testing.assert_close(share, torch.full((10,), .1), atol=.035, rtol=0)
+
+
+def test_classifier_starts_anew_or_not_and_is_thawed_after_a_failure():
+    class Fail(Callback):
+        def before_batch(self): raise ZeroDivisionError('stop')
+    train, test = digits()
+    learn = learner(train, get_model('small_cnn', 10, 1), valid=test)
+    was = learn.model.fc.weight.detach().clone()
+    for reset in (False, True):
+        with pytest.raises(ZeroDivisionError): learn.fit_classifier(1, .1, reset=reset, cbs=Fail())
+        assert torch.equal(was, learn.model.fc.weight) != reset
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.opt is None
 
 
 def test_loaders_that_cannot_change_their_rates(photos):

@@ -186,3 +186,20 @@ def test_table_of_the_paper_from_the_command_line(tmp_path):
     assert r.returncode == 0 and 'missing / 81.5' in r.stdout and 'balms_train --data cifar100 --imbalance 10 --preset paper' in r.stdout
     r = call('balms_table', '--table', 3, cwd=tmp_path)
     assert r.returncode == 2 and 'choose from 2, 5, 8' in r.stderr
+
+
+@pytest.mark.parametrize('method, at', [('bs', 20), ('balms', 20), ('balms', 30)])
+def test_stopped_after_the_last_step_of_a_stage(tmp_path, method, at):
+    "Nothing is trained a step too many"
+    from balms.recipes import Interrupted, Recipe, run
+    r = Recipe(method=method, iters=20, **({'iters2': 10} if method == 'balms' else {}))
+    whole = run(r, tmp_path/'a', device='cpu')
+    with pytest.raises(Interrupted): run(r, tmp_path/'b', device='cpu', stop_at=at)
+    again = run(r, tmp_path/'b', device='cpu')
+    assert again['nll'] == whole['nll'] and again.get('r') == whole.get('r')
+
+
+def test_one_and_two_stages_in_one_table_and_figure(tmp_path):
+    r = call('balms_train', '--method', 'softmax', 'bs_dt', 'balms', '--seeds', 1, '--iters', 20, '--iters2', 10, '--views', 1, '--device', 'cpu', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.count('preset small') == 1 and 'BALMS' in r.stdout and len(list((tmp_path/'runs').glob('*.png'))) == 1
