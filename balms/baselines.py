@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['class_weights', 'CBW', 'effective_number', 'FocalLoss', 'SigmoidFocalLoss', 'ClassBalancedLoss', 'CosineLinear',
            'LDAM', 'SigmoidEqualization', 'SoftmaxEqualization', 'LogitAdjusted', 'VectorScaling', 'LADE',
-           'DeferredReweighting']
+           'DeferredReweighting', 'FeatureLoss', 'lifted_structure', 'RangeLoss']
 
-# %% ../nbs/10_baselines.ipynb #69b319f4
+# %% ../nbs/10_baselines.ipynb #6c840a9e
 import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.callback.core import Callback
-from .core import BalancedSoftmax, class_counts, log_prior, _Loss, _Sigmoid, _check, _few, _labels, _plain, _positive, _shifted_cross_entropy
+from fastai.callback.mixup import MixHandler
+from .core import BalancedSoftmax, class_counts, log_prior, _Loss, _Sigmoid, _check, _labels, _plain, _positive, _shifted_cross_entropy
+from .models import find_classifier
 
 # %% ../nbs/10_baselines.ipynb #ddb297dd
 class _Softmax(_Loss):
@@ -384,3 +386,61 @@ class DeferredReweighting(Callback):
 
     def after_fit(self):
         if self.kept: self.kept[0].weight, self.kept = self.kept[1], None
+
+# %% ../nbs/10_baselines.ipynb #efb3f166
+class FeatureLoss(Callback):
+    "Adds a loss of the features, the input of the last linear layer, to the training loss. Raises `ValueError` beside MixUp or CutMix."
+    def __init__(self,
+        func, # (features (N, d), labels (N,)) -> loss
+        weight:float=1., # What it is multiplied by
+    ): self.func, self.weight, self.handle = func, weight, None
+
+    def before_fit(self):
+        if mix := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]: raise ValueError(f'FeatureLoss needs the label of each feature; the pictures of {mix[0]} have two')
+        self.after_fit()
+        def keep(_, inp): self.features = inp[0]
+        self.handle = find_classifier(self.model).register_forward_pre_hook(keep)
+
+    def after_loss(self):
+        if not self.training: return
+        x = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
+        self.learn.loss_grad = self.loss_grad + self.weight*self.func(x, _plain(self.y))
+        self.learn.loss = self.loss_grad.clone()
+
+    def after_fit(self):
+        if self.handle: self.handle.remove()
+        self.features = self.handle = None
+
+# %% ../nbs/10_baselines.ipynb #d487e63e
+def lifted_structure(
+    neg_margin:float=1., # Distance that different classes should have
+    pos_margin:float=0., # Distance that one class may have
+): # A module: (features (N, d), labels (N,)) -> loss
+    "Lifted structured loss (Song et al. 2016) of pytorch-metric-learning, for `FeatureLoss`. Raises `ImportError` where that is not installed."
+    try: from pytorch_metric_learning.losses import LiftedStructureLoss
+    except ImportError as e: raise ImportError('lifted_structure needs pytorch-metric-learning: pip install pytorch-metric-learning') from e
+    return LiftedStructureLoss(neg_margin=neg_margin, pos_margin=pos_margin)
+
+class RangeLoss(nn.Module):
+    "Range loss (Zhang et al. 2017), for `FeatureLoss`. A class with one sample in the batch has no range; a batch of one class has no two centres."
+    def __init__(self,
+        alpha:float=5e-5, # Weight of the ranges within classes
+        beta:float=1e-4, # Weight of the distance between the nearest centres
+        margin:float=2e4, # Squared distance that centres should have
+        pairs:int=2, # How many of a class's largest distances count
+    ):
+        super().__init__()
+        self.alpha, self.beta, self.margin, self.pairs = alpha, beta, margin, pairs
+
+    def forward(self, features:Tensor, target:Tensor) -> Tensor:
+        "Loss of features (N, d) for labels (N,)"
+        groups = [features[target == c] for c in target.unique()]
+        centres = torch.stack([g.mean(0) for g in groups])
+        intra = inter = features.sum()*0                                        # a loss with a gradient, also where there is nothing to compare
+        for g in groups:
+            if len(g) < 2: continue
+            d = F.pdist(g).square()
+            d = d.topk(min(self.pairs, len(d))).values.clamp_min(torch.finfo(d.dtype).tiny)
+            intra = intra + len(d)/(1/d).sum()
+        if len(groups) > 1: inter = F.relu(self.margin - F.pdist(centres).square().min())
+        return self.alpha*intra + self.beta*inter
