@@ -84,12 +84,12 @@ class CBW(_Softmax):
         axis:int=1, # The class axis of the logits
     ): super().__init__(counts, weight, ignore_index, reduction, label_smoothing, axis, balance=class_weights(counts))
 
-# %% ../nbs/10_baselines.ipynb #e64f47ae
+# %% ../nbs/10_baselines.ipynb #d01c7099
 def effective_number(
     counts, # Samples a class n_j, (k,)
     beta:float=.9999, # 0: one, whatever the count; 1: the count itself
 ) -> Tensor: # float64 (k,)
-    "Effective number of samples, (1 - beta^n)/(1 - beta) (Cui et al. 2019, Eq. 3). Raises `ValueError` for a beta outside 0..1."
+    "Effective number of samples, (1 - beta^n)/(1 - beta) (Cui et al. 2019, Proposition 1). Raises `ValueError` for a beta outside 0..1."
     if not 0 <= beta <= 1: raise ValueError(f'beta must be in 0..1, not {beta}')
     n = _positive(counts)
     return n if beta == 1 else torch.ones_like(n) if beta == 0 else -torch.expm1(n*math.log(beta))/(1 - beta)
@@ -166,9 +166,9 @@ class SigmoidFocalLoss(_Sigmoid):
         l = _sides(x, t, self.gamma, self.alpha) if self.training else _sides(x, t, 0)
         return l if self.weight is None else l*self.weight
 
-# %% ../nbs/10_baselines.ipynb #5bcfc7df
+# %% ../nbs/10_baselines.ipynb #3c5bafd2
 class ClassBalancedLoss(_Softmax, _Sigmoid):
-    "Class-Balanced loss by effective number (Cui et al. 2019, Eq. 9 to 11) in training, the plain loss after `.eval()`."
+    "Class-Balanced loss by effective number (Cui et al. 2019) in training, the plain loss after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
         *, beta:float=.9999, # 0 weighs no class, 1 by 1/n_j
@@ -216,9 +216,9 @@ class CosineLinear(nn.Linear):
         "Cosines (N, k) of features (N, `in_features`)"
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
-# %% ../nbs/10_baselines.ipynb #4a9a6035
+# %% ../nbs/10_baselines.ipynb #6766939d
 class LDAM(_Softmax):
-    "Label-distribution-aware margin loss (Cao et al. 2019, Eq. 13) of cosines in training, cross-entropy of s times the cosines after `.eval()`."
+    "Label-distribution-aware margin loss (Cao et al. 2019) of cosines in training, cross-entropy of s times the cosines after `.eval()`."
     index_only = 'the margin is that of the true class. MixUp and label smoothing do work'
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
