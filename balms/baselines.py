@@ -269,7 +269,7 @@ class SigmoidEqualization(_Sigmoid):
         if self.training: l = l*(1 - (t.amax(-1, keepdim=True) > 0)*self.rare*(1 - t))
         return l if self.weight is None else l*self.weight
 
-# %% ../nbs/10_baselines.ipynb #e492fed5
+# %% ../nbs/10_baselines.ipynb #8ef43990
 class SoftmaxEqualization(_Softmax):
     "Softmax equalization loss (Tan et al. 2020) in training: rare classes are left out of other classes' softmax at random. Plain cross-entropy after `.eval()`."
     index_only = 'a rare class that was left out of the softmax has no probability to compare with. MixUp does work'
@@ -291,7 +291,7 @@ class SoftmaxEqualization(_Softmax):
         self.register_buffer('rare', f/f.sum() < self.threshold)
 
     def _change(self, x, y):
-        stays = _is_class(y, x.shape[1]) | (y == self.ignore_index).unsqueeze(1) | ~_per_class(self.rare, x)
+        stays = _is_class(y, x.shape[1]) | ~_per_class(self.rare, x)
         return x.masked_fill((torch.rand(x.shape, device=x.device) < self.gamma) & ~stays, -math.inf)
 
 # %% ../nbs/10_baselines.ipynb #74c973a5

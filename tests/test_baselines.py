@@ -260,6 +260,28 @@ def test_half_of_the_coins():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize('gamma', (0, .1, .5, 1, 2, 5))
+def test_focal_of_the_sure(gamma):
+    "1 - p rounds to 0: no nan for any gamma, and the gradient of a sample that is wrong for sure is that of cross-entropy"
+    x = torch.tensor([[400., 0, -400], [400, 0, -400]], requires_grad=True)
+    FocalLoss(gamma=gamma, reduction='sum')(x, torch.tensor([0, 2])).backward()
+    assert x.grad[0].abs().max() == 0
+    torch.testing.assert_close(x.grad[1], torch.tensor([1., 0, -1]))
+    x.grad = None
+    SigmoidFocalLoss(gamma=gamma, alpha=None, reduction='sum')(x, torch.tensor([0, 2])).backward()
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(x.grad[1, [0, 2]], torch.tensor([1., -1]))
+
+
+@pytest.mark.parametrize('make', (SigmoidFocalLoss, SigmoidEqualization, BalancedSigmoid))
+def test_background(make):
+    "Index k is a row of zeros; rare classes are pushed down by it like all others"
+    x, bg = torch.randn(4, K), torch.full((4,), K)
+    torch.testing.assert_close(make(COUNTS)(x, bg), make(COUNTS)(x, torch.zeros(4, K)))
+    plain = F.binary_cross_entropy_with_logits(x, torch.zeros(4, K), reduction='none').sum(1).mean()
+    if make is not SigmoidFocalLoss: torch.testing.assert_close(make(COUNTS)(x, bg), plain)
+
+
 counts_st = st.lists(st.integers(1, 10**7), min_size=2, max_size=20)
 
 
