@@ -166,7 +166,7 @@ class SigmoidFocalLoss(_Sigmoid):
         l = _sides(x, t, self.gamma, self.alpha) if self.training else _sides(x, t, 0)
         return l if self.weight is None else l*self.weight
 
-# %% ../nbs/10_baselines.ipynb #3c5bafd2
+# %% ../nbs/10_baselines.ipynb #e3729bc4
 class ClassBalancedLoss(_Softmax, _Sigmoid):
     "Class-Balanced loss by effective number (Cui et al. 2019) in training, the plain loss after `.eval()`."
     def __init__(self,
@@ -191,7 +191,7 @@ class ClassBalancedLoss(_Softmax, _Sigmoid):
         "Loss of logits (N, k, ...) for class indices (N, ...) or probabilities (N, k, ...)"
         if self.kind != 'softmax' and target.device.type == 'cpu' and not torch.compiler.is_compiling():
             bad = (target.sum(self._axis(input)) - 1).abs() > 1e-2 if target.shape == input.shape else (target == len(self.shift)) & (target != self.ignore_index)
-            if bad.any(): raise ValueError('ClassBalancedLoss takes one class a sample, or probabilities that sum to 1: background, or several labels, have no class weight. Use SigmoidFocalLoss')
+            if bad.any(): raise ValueError('ClassBalancedLoss needs one class a sample, or probabilities that sum to 1: background, or several labels, have no class weight')
         return self._form().forward(self, input, target)
     def activation(self, x:Tensor) -> Tensor:
         "Probabilities for the test set: the plain softmax or sigmoid"
@@ -354,7 +354,7 @@ class LADE(_Softmax):
         m = torch.logsumexp(x + w[:, None], 0) - keep.sum().log()
         return (self.share*(-own + m + self.lam*m**2)).sum()
 
-# %% ../nbs/10_baselines.ipynb #543e5522
+# %% ../nbs/10_baselines.ipynb #fa3b9445
 class DeferredReweighting(Callback):
     "After a share `start` of training gives the loss Class-Balanced weights (DRW of Cao et al. 2019). Raises `ValueError` for a loss without `weight`, or with weights of its own method."
     def __init__(self,
@@ -366,7 +366,7 @@ class DeferredReweighting(Callback):
 
     def _loss(self):
         f = getattr(self.learn.loss_func, 'func', self.learn.loss_func)          # fastai's flattened losses
-        if not isinstance(f, nn.Module) or 'weight' not in f._buffers: raise ValueError(f'DeferredReweighting needs a loss with a buffer `weight`, as nn.CrossEntropyLoss and the losses of balms have; {type(f).__name__} has none')
+        if not isinstance(f, nn.Module) or 'weight' not in f._buffers: raise ValueError(f'DeferredReweighting needs a loss with a buffer `weight`, as nn.CrossEntropyLoss has; {type(f).__name__} has none')
         if getattr(f, 'balance', None) is not None: raise ValueError(f'{type(f).__name__} weighs the classes from the start: there is nothing to defer')
         return f
 
