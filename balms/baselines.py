@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['class_weights', 'CBW', 'effective_number', 'FocalLoss', 'SigmoidFocalLoss', 'ClassBalancedLoss', 'CosineLinear',
            'LDAM', 'SigmoidEqualization', 'SoftmaxEqualization', 'LogitAdjusted', 'VectorScaling', 'LADE',
-           'DeferredReweighting']
+           'DeferredReweighting', 'FeatureLoss', 'lifted_structure', 'RangeLoss']
 
-# %% ../nbs/10_baselines.ipynb #69b319f4
+# %% ../nbs/10_baselines.ipynb #6c840a9e
 import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.callback.core import Callback
-from .core import BalancedSoftmax, class_counts, log_prior, _Loss, _Sigmoid, _check, _few, _labels, _plain, _positive, _shifted_cross_entropy
+from fastai.callback.mixup import MixHandler
+from .core import BalancedSoftmax, class_counts, log_prior, _Loss, _Sigmoid, _check, _labels, _plain, _positive, _shifted_cross_entropy
+from .models import find_classifier
 
 # %% ../nbs/10_baselines.ipynb #ddb297dd
 class _Softmax(_Loss):
@@ -82,12 +84,12 @@ class CBW(_Softmax):
         axis:int=1, # The class axis of the logits
     ): super().__init__(counts, weight, ignore_index, reduction, label_smoothing, axis, balance=class_weights(counts))
 
-# %% ../nbs/10_baselines.ipynb #e64f47ae
+# %% ../nbs/10_baselines.ipynb #d01c7099
 def effective_number(
     counts, # Samples a class n_j, (k,)
     beta:float=.9999, # 0: one, whatever the count; 1: the count itself
 ) -> Tensor: # float64 (k,)
-    "Effective number of samples, (1 - beta^n)/(1 - beta) (Cui et al. 2019, Eq. 3). Raises `ValueError` for a beta outside 0..1."
+    "Effective number of samples, (1 - beta^n)/(1 - beta) (Cui et al. 2019, Proposition 1). Raises `ValueError` for a beta outside 0..1."
     if not 0 <= beta <= 1: raise ValueError(f'beta must be in 0..1, not {beta}')
     n = _positive(counts)
     return n if beta == 1 else torch.ones_like(n) if beta == 0 else -torch.expm1(n*math.log(beta))/(1 - beta)
@@ -164,9 +166,9 @@ class SigmoidFocalLoss(_Sigmoid):
         l = _sides(x, t, self.gamma, self.alpha) if self.training else _sides(x, t, 0)
         return l if self.weight is None else l*self.weight
 
-# %% ../nbs/10_baselines.ipynb #5bcfc7df
+# %% ../nbs/10_baselines.ipynb #e3729bc4
 class ClassBalancedLoss(_Softmax, _Sigmoid):
-    "Class-Balanced loss by effective number (Cui et al. 2019, Eq. 9 to 11) in training, the plain loss after `.eval()`."
+    "Class-Balanced loss by effective number (Cui et al. 2019) in training, the plain loss after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
         *, beta:float=.9999, # 0 weighs no class, 1 by 1/n_j
@@ -189,7 +191,7 @@ class ClassBalancedLoss(_Softmax, _Sigmoid):
         "Loss of logits (N, k, ...) for class indices (N, ...) or probabilities (N, k, ...)"
         if self.kind != 'softmax' and target.device.type == 'cpu' and not torch.compiler.is_compiling():
             bad = (target.sum(self._axis(input)) - 1).abs() > 1e-2 if target.shape == input.shape else (target == len(self.shift)) & (target != self.ignore_index)
-            if bad.any(): raise ValueError('ClassBalancedLoss takes one class a sample, or probabilities that sum to 1: background, or several labels, have no class weight. Use SigmoidFocalLoss')
+            if bad.any(): raise ValueError('ClassBalancedLoss needs one class a sample, or probabilities that sum to 1: background, or several labels, have no class weight')
         return self._form().forward(self, input, target)
     def activation(self, x:Tensor) -> Tensor:
         "Probabilities for the test set: the plain softmax or sigmoid"
@@ -214,9 +216,9 @@ class CosineLinear(nn.Linear):
         "Cosines (N, k) of features (N, `in_features`)"
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
-# %% ../nbs/10_baselines.ipynb #4a9a6035
+# %% ../nbs/10_baselines.ipynb #6766939d
 class LDAM(_Softmax):
-    "Label-distribution-aware margin loss (Cao et al. 2019, Eq. 13) of cosines in training, cross-entropy of s times the cosines after `.eval()`."
+    "Label-distribution-aware margin loss (Cao et al. 2019) of cosines in training, cross-entropy of s times the cosines after `.eval()`."
     index_only = 'the margin is that of the true class. MixUp and label smoothing do work'
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
@@ -267,7 +269,7 @@ class SigmoidEqualization(_Sigmoid):
         if self.training: l = l*(1 - (t.amax(-1, keepdim=True) > 0)*self.rare*(1 - t))
         return l if self.weight is None else l*self.weight
 
-# %% ../nbs/10_baselines.ipynb #e492fed5
+# %% ../nbs/10_baselines.ipynb #8ef43990
 class SoftmaxEqualization(_Softmax):
     "Softmax equalization loss (Tan et al. 2020) in training: rare classes are left out of other classes' softmax at random. Plain cross-entropy after `.eval()`."
     index_only = 'a rare class that was left out of the softmax has no probability to compare with. MixUp does work'
@@ -289,7 +291,7 @@ class SoftmaxEqualization(_Softmax):
         self.register_buffer('rare', f/f.sum() < self.threshold)
 
     def _change(self, x, y):
-        stays = _is_class(y, x.shape[1]) | (y == self.ignore_index).unsqueeze(1) | ~_per_class(self.rare, x)
+        stays = _is_class(y, x.shape[1]) | ~_per_class(self.rare, x)
         return x.masked_fill((torch.rand(x.shape, device=x.device) < self.gamma) & ~stays, -math.inf)
 
 # %% ../nbs/10_baselines.ipynb #74c973a5
@@ -352,7 +354,7 @@ class LADE(_Softmax):
         m = torch.logsumexp(x + w[:, None], 0) - keep.sum().log()
         return (self.share*(-own + m + self.lam*m**2)).sum()
 
-# %% ../nbs/10_baselines.ipynb #543e5522
+# %% ../nbs/10_baselines.ipynb #fa3b9445
 class DeferredReweighting(Callback):
     "After a share `start` of training gives the loss Class-Balanced weights (DRW of Cao et al. 2019). Raises `ValueError` for a loss without `weight`, or with weights of its own method."
     def __init__(self,
@@ -364,7 +366,7 @@ class DeferredReweighting(Callback):
 
     def _loss(self):
         f = getattr(self.learn.loss_func, 'func', self.learn.loss_func)          # fastai's flattened losses
-        if not isinstance(f, nn.Module) or 'weight' not in f._buffers: raise ValueError(f'DeferredReweighting needs a loss with a buffer `weight`, as nn.CrossEntropyLoss and the losses of balms have; {type(f).__name__} has none')
+        if not isinstance(f, nn.Module) or 'weight' not in f._buffers: raise ValueError(f'DeferredReweighting needs a loss with a buffer `weight`, as nn.CrossEntropyLoss has; {type(f).__name__} has none')
         if getattr(f, 'balance', None) is not None: raise ValueError(f'{type(f).__name__} weighs the classes from the start: there is nothing to defer')
         return f
 
@@ -384,3 +386,61 @@ class DeferredReweighting(Callback):
 
     def after_fit(self):
         if self.kept: self.kept[0].weight, self.kept = self.kept[1], None
+
+# %% ../nbs/10_baselines.ipynb #efb3f166
+class FeatureLoss(Callback):
+    "Adds a loss of the features, the input of the last linear layer, to the training loss. Raises `ValueError` beside MixUp or CutMix."
+    def __init__(self,
+        func, # (features (N, d), labels (N,)) -> loss
+        weight:float=1., # What it is multiplied by
+    ): self.func, self.weight, self.handle = func, weight, None
+
+    def before_fit(self):
+        if mix := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]: raise ValueError(f'FeatureLoss needs the label of each feature; the pictures of {mix[0]} have two')
+        self.after_fit()
+        def keep(_, inp): self.features = inp[0]
+        self.handle = find_classifier(self.model).register_forward_pre_hook(keep)
+
+    def after_loss(self):
+        if not self.training: return
+        x = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
+        self.learn.loss_grad = self.loss_grad + self.weight*self.func(x, _plain(self.y))
+        self.learn.loss = self.loss_grad.clone()
+
+    def after_fit(self):
+        if self.handle: self.handle.remove()
+        self.features = self.handle = None
+
+# %% ../nbs/10_baselines.ipynb #d487e63e
+def lifted_structure(
+    neg_margin:float=1., # Distance that different classes should have
+    pos_margin:float=0., # Distance that one class may have
+): # A module: (features (N, d), labels (N,)) -> loss
+    "Lifted structured loss (Song et al. 2016) of pytorch-metric-learning, for `FeatureLoss`. Raises `ImportError` where that is not installed."
+    try: from pytorch_metric_learning.losses import LiftedStructureLoss
+    except ImportError as e: raise ImportError('lifted_structure needs pytorch-metric-learning: pip install pytorch-metric-learning') from e
+    return LiftedStructureLoss(neg_margin=neg_margin, pos_margin=pos_margin)
+
+class RangeLoss(nn.Module):
+    "Range loss (Zhang et al. 2017), for `FeatureLoss`. A class with one sample in the batch has no range; a batch of one class has no two centres."
+    def __init__(self,
+        alpha:float=5e-5, # Weight of the ranges within classes
+        beta:float=1e-4, # Weight of the distance between the nearest centres
+        margin:float=2e4, # Squared distance that centres should have
+        pairs:int=2, # How many of a class's largest distances count
+    ):
+        super().__init__()
+        self.alpha, self.beta, self.margin, self.pairs = alpha, beta, margin, pairs
+
+    def forward(self, features:Tensor, target:Tensor) -> Tensor:
+        "Loss of features (N, d) for labels (N,)"
+        groups = [features[target == c] for c in target.unique()]
+        centres = torch.stack([g.mean(0) for g in groups])
+        intra = inter = features.sum()*0                                        # a loss with a gradient, also where there is nothing to compare
+        for g in groups:
+            if len(g) < 2: continue
+            d = F.pdist(g).square()
+            d = d.topk(min(self.pairs, len(d))).values.clamp_min(torch.finfo(d.dtype).tiny)
+            intra = intra + len(d)/(1/d).sum()
+        if len(groups) > 1: inter = F.relu(self.margin - F.pdist(centres).square().min())
+        return self.alpha*intra + self.beta*inter
