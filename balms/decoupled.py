@@ -117,7 +117,7 @@ def _head_opt(learn, head):
     if not learn.wd_bn_bias and head.bias is not None: opt.state[head.bias]['do_wd'] = False
     return opt
 
-# %% ../nbs/11_decoupled.ipynb #eb7f94f6
+# %% ../nbs/11_decoupled.ipynb #84462e95
 def _batches(dl, views):
     "Inputs and labels of `views` passes over the data of a loader, in order, with its transforms"
     for _ in range(views):
@@ -142,7 +142,9 @@ def feature_bank(
         feats.append(_plain(classifier_input(learn.model, *b[:n])).float()); targs.append(_plain(b[n]))
     learn.model.train(was)
     vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
-    return FeatureBank(torch.cat(feats), torch.cat(targs), [str(v) for v in vocab])
+    bank = FeatureBank(torch.cat(feats), torch.cat(targs), [str(v) for v in vocab])
+    bank.views = views
+    return bank
 
 # %% ../nbs/11_decoupled.ipynb #c2b15c82
 def _fit_on_bank(learn, head, n_epoch, lr, views, cbs, kwargs):

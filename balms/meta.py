@@ -6,7 +6,7 @@
 __all__ = ['ClassRates', 'soft_draw', 'rate_gradient', 'inner_step', 'closed_form_credit', 'autograd_credit', 'MetaSampler',
            'weight_gradient', 'MetaReweighter']
 
-# %% ../nbs/09_meta.ipynb #cf179633
+# %% ../nbs/09_meta.ipynb #4ff72d1f
 import math, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -23,7 +23,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import class_counts, _positive, _few, _plain
-from .data import ArrayDL, FeatureBank
+from .data import ArrayDL
 from .metrics import COLORS, _axis
 from .models import classifier_input, find_classifier
 from .samplers import ClassSampler, SampledDL, sampling_rates
@@ -201,7 +201,7 @@ def autograd_credit(
         grads = torch.autograd.grad((s*l).sum(), params, create_graph=True, allow_unused=True, materialize_grads=True)
         return torch.autograd.grad(sum((g*d).sum() for g, d in zip(grads, v)), s)[0]
 
-# %% ../nbs/09_meta.ipynb #aad05f1d
+# %% ../nbs/09_meta.ipynb #c4d53e91
 class _Meta(Callback):
     "What `MetaSampler` and `MetaReweighter` share"
     order, run_valid = 60, False                                     # after mixed precision and the wrapping of the model
@@ -222,9 +222,9 @@ class _Meta(Callback):
             if v not in known: raise ValueError(f'{name} must be {" or ".join(map(repr, known))}, not {v!r}')
         self.adam, self.inner, self.backprop, self.start = dict(lr=lr, betas=betas), inner, backprop, dict(init_pow=init_pow, count_pow=count_pow)
         self.meta_bs, self.meta_ds, self.labels, self.seed, self.record = meta_bs, meta_ds, labels, seed, record
-        self.psi, self.history, self.n_steps, self.handle, self.warned, self.trying, self.pending = None, [], 0, None, False, None, None
+        self.psi, self.history, self.n_steps, self.handle, self.warned, self.trying, self.pending, self.about, self.sampler = None, [], 0, None, False, None, None, None, None
 
-# %% ../nbs/09_meta.ipynb #74d1e143
+# %% ../nbs/09_meta.ipynb #4f64e89f
 @patch
 def _check(self:_Meta):
     "Raise `ValueError` for what cannot work"
@@ -247,7 +247,7 @@ def _check(self:_Meta):
 def _labels(self:_Meta):
     "Where the labels of the training set stand"
     ds = self.dls.train.dataset
-    return ds if self.labels is None or isinstance(ds, FeatureBank) else self.labels       # a bank of views has labels of its own
+    return ds if self.labels is None or hasattr(ds, 'views') else self.labels              # a bank of views has labels of its own
 
 @patch
 def _find(self:_Meta, k):
@@ -301,24 +301,25 @@ def _meta_batch(self:_Meta):
     b = to_device(b, self.psi.w.device)
     return [_plain(x) if isinstance(x, Tensor) else x for x in b[:n]], _plain(b[n]).long()
 
-# %% ../nbs/09_meta.ipynb #3b9250f6
+# %% ../nbs/09_meta.ipynb #7a288fa4
 @patch
 def _prepare(self:_Meta):
     "Rates, draws and meta batches for this training set"
     counts, dl, device = self._check(), self.dls.train, next(getattr(self.model, 'module', self.model).parameters()).device
     about = dl.dataset, dl.bs, device, self.model
     self._find(len(counts))
-    if self.psi is None or any(a is not b for a, b in zip(about[::3], self.about[::3])) or about[1:3] != self.about[1:3]:
-        self.about, self.psi = about, ClassRates(counts, **self.start).to(device)
+    if self.about is None or any(a is not b for a, b in zip(about[::3], self.about[::3])) or about[1:3] != self.about[1:3]:
+        self.about, self.psi = None, ClassRates(counts, **self.start).to(device)
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), fused=device.type in ('cpu', 'cuda'), **self.adam)
         self.gen, self.n_steps, self.history = torch.Generator(device).manual_seed(self.seed + 2), 0, []
         self._meta_loader(counts, device)
         self._ready(counts, device)
+        self.about = about
     self.rates = self.psi.rates()
     if self.pending: self.load_state_dict(self.pending)
     if hasattr(self.learn, 'lr_finder') and not self.trying: self.trying = deepcopy(self.state_dict())
 
-# %% ../nbs/09_meta.ipynb #4e21d07f
+# %% ../nbs/09_meta.ipynb #c2f72ba9
 @patch
 def before_train(self:_Meta):
     self._release()
@@ -339,7 +340,7 @@ def after_fit(self:_Meta):
 def _release(self:_Meta):
     "Leave network and loader as they were"
     if self.handle: self.handle.remove()
-    if self.psi is not None: self._uninstall()
+    self._uninstall()
     self.handle = self.meta_iter = self.features = self.dlogits = self.out = None
 
 @patch(as_prop=True)
@@ -509,7 +510,7 @@ def plot(self:_Meta, ax=None, title='Learned r_c by class'):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/09_meta.ipynb #81f65882
+# %% ../nbs/09_meta.ipynb #1c49d0ce
 @delegates(_Meta.__init__)
 class MetaSampler(_Meta):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
@@ -534,8 +535,8 @@ class MetaSampler(_Meta):
         else: self.was, self.dls.loaders[0] = dl, SampledDL.from_dl(dl, self.sampler)
         self.staleness = getattr(self.dls.train, 'staleness', 0)
     def _uninstall(self):
+        if self.sampler is None or getattr(self.dls.train, 'sampler', None) is not self.sampler: return
         dl = self.dls.train
-        if getattr(dl, 'sampler', None) is not self.sampler: return
         if isinstance(dl, ArrayDL): dl.sampler = self.was
         else: self.dls.loaders[0] = self.was
     def _weights(self, y): return None
