@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GaussianClasses', 'change_prior', 'fit_linear', 'loss_error', 'class_margins', 'margin_bound', 'optimal_margins']
 
-# %% ../nbs/01_label_shift.ipynb #e0f2557d
+# %% ../nbs/01_label_shift.ipynb #d084b266
 import math, torch, torch.nn.functional as F
+from functools import partial
 from torch import nn, Tensor
 from .core import _positive
 
@@ -56,7 +57,7 @@ def change_prior(
     shift = _prior(new, k, 'new').log() - (0. if old is None else _prior(old, k, 'old').log())
     return (probs.log() + shift.to(probs.device)).softmax(-1).to(probs.dtype)
 
-# %% ../nbs/01_label_shift.ipynb #71f0f8fa
+# %% ../nbs/01_label_shift.ipynb #11a6db25
 def fit_linear(
     x:Tensor, # Inputs (N, d)
     y:Tensor, # Labels (N,), or whatever else `loss` takes as target
@@ -64,23 +65,27 @@ def fit_linear(
     k:int=None, # Number of classes; default: the largest label + 1
     bias:bool=True, # Learn a bias for each class
     weight_decay:float=0., # Adds weight_decay/2 times the squared norm of weight and bias
-    max_iter:int=1000, # Steps of L-BFGS
+    max_iter:int=10000, # Most steps of L-BFGS
 ) -> nn.Linear: # float64
     "The linear model of least `loss`, by full-batch L-BFGS. Raises `ValueError` if there is none, `RuntimeError` if it was not reached."
     x = x.double()
     net = nn.Linear(x.shape[1], int(y.max()) + 1 if k is None else k, bias=bias, dtype=torch.float64)
     for p in net.parameters(): nn.init.zeros_(p)
-    opt = torch.optim.LBFGS(net.parameters(), max_iter=max_iter, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=20, line_search_fn='strong_wolfe')
+    lbfgs = partial(torch.optim.LBFGS, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=20, line_search_fn='strong_wolfe')
     def closure():
-        opt.zero_grad()
+        net.zero_grad()
         l = loss(net(x), y)
         total = l + weight_decay/2*sum(p.square().sum() for p in net.parameters())
         total.backward()
         closure.loss = l.item()
         return total
-    opt.step(closure); closure()
+    worst, left = math.inf, max_iter
+    for _ in range(10):                                                # a line search that rounding has stopped begins again, without a history
+        opt = lbfgs(net.parameters(), max_iter=left)
+        opt.step(closure); closure()
+        worst, left = max(p.grad.abs().max().item() for p in net.parameters()), left - opt.state[opt._params[0]]['n_iter']
+        if worst < 1e-5 or left < 1: break
     if not weight_decay and closure.loss < 1e-6: raise ValueError('The classes are linearly separable: the loss has no minimum. Use weight_decay > 0, or more overlap')
-    worst = max(p.grad.abs().max().item() for p in net.parameters())
     if not worst < 1e-5: raise RuntimeError(f'Not converged after {max_iter} steps: gradient {worst:.1e}. Raise max_iter')
     return net.requires_grad_(False)
 
