@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'PAPER', 'TABLES', 'SC
            'Schedule', 'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger', 'evaluate', 'run',
            'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
 
-# %% ../nbs/12_recipes.ipynb #ac201739
+# %% ../nbs/12_recipes.ipynb #13380825
 import json, math, os, platform, signal, subprocess, threading, time, zlib
 from dataclasses import dataclass, asdict, replace, fields
 from datetime import datetime, timezone
@@ -26,8 +26,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
-from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SoftmaxEqualization, VectorScaling
-from .core import BalancedSoftmax, adjust_logits, class_counts
+from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling
+from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits, class_counts
 from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFlip, AutoAugmentCutout
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
 from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, _head_opt
@@ -59,10 +59,11 @@ class Method:
     @property
     def two_stages(self) -> bool: return bool(self.loss and self.stage1)
 
-# %% ../nbs/12_recipes.ipynb #b79decfb
+# %% ../nbs/12_recipes.ipynb #392533eb
 _ce, _quarter = lambda counts: nn.CrossEntropyLoss(), partial(BalancedSoftmax, tau=.25)
 _dt = partial(Method, stage1='softmax')
 _ldam = partial(Method, loss=LDAM, head=CosineLinear, adjust=lambda logits, counts: LDAM(counts).s*logits)   # probabilities are those of s times the cosines
+_binary = partial(Method, adjust=lambda logits, counts: F.logsigmoid(logits))       # probabilities are the sigmoids, normalised
 METHODS = dict(
     softmax          = Method('Softmax', _ce),
     cbw              = Method('CBW', CBW),
@@ -72,6 +73,9 @@ METHODS = dict(
     ldam             = _ldam('LDAM Loss'),
     ldam_drw         = _ldam('LDAM Loss + DRW', cbs=lambda counts: [DeferredReweighting(counts)]),
     eql              = Method('Equalization Loss', SoftmaxEqualization),
+    sigmoid          = _binary('Sigmoid', lambda counts: SigmoidFocalLoss(counts, gamma=0., alpha=None)),
+    eql_sigmoid      = _binary('Equalization Loss, sigmoid', SigmoidEqualization),
+    bs_sigmoid       = _binary('Balanced Softmax, sigmoid', BalancedSigmoid),
     vs               = Method('Vector-scaling loss', VectorScaling),
     lade             = Method('LADE', LADE),
     bs_quarter       = Method('Balanced Softmax 1/4', _quarter),
