@@ -6,8 +6,8 @@
 __all__ = ['ClassRates', 'soft_draw', 'rate_gradient', 'inner_step', 'closed_form_credit', 'autograd_credit', 'MetaSampler',
            'weight_gradient', 'MetaReweighter']
 
-# %% ../nbs/09_meta.ipynb #4ff72d1f
-import math, warnings
+# %% ../nbs/09_meta.ipynb #cf5acb70
+import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 import torch, torch.nn.functional as F
@@ -201,10 +201,12 @@ def autograd_credit(
         grads = torch.autograd.grad((s*l).sum(), params, create_graph=True, allow_unused=True, materialize_grads=True)
         return torch.autograd.grad(sum((g*d).sum() for g, d in zip(grads, v)), s)[0]
 
-# %% ../nbs/09_meta.ipynb #c4d53e91
+# %% ../nbs/09_meta.ipynb #214cd3ab
 class _Meta(Callback):
     "What `MetaSampler` and `MetaReweighter` share"
     order, run_valid = 60, False                                     # after mixed precision and the wrapping of the model
+    _stateattrs = 'about', 'sampler', 'meta_dl', 'meta_ds', 'labels', 'was'      # hold training data: not exported with a learner
+    def _init_state(self): super()._init_state(); self.__dict__.update(dict.fromkeys(self._stateattrs))
     def __init__(self,
         lr:float=.01, # Of the rates, with Adam
         betas:tuple=(.9, .99), # Of Adam; the released code has (0.9, 0.999)

@@ -59,7 +59,7 @@ class Method:
     @property
     def two_stages(self) -> bool: return bool(self.loss and self.stage1)
 
-# %% ../nbs/12_recipes.ipynb #392533eb
+# %% ../nbs/12_recipes.ipynb #a7218945
 _ce, _quarter = lambda counts: nn.CrossEntropyLoss(), partial(BalancedSoftmax, tau=.25)
 _dt = partial(Method, stage1='softmax')
 _ldam = partial(Method, loss=LDAM, head=CosineLinear, adjust=lambda logits, counts: LDAM(counts).s*logits)   # probabilities are those of s times the cosines
@@ -94,9 +94,8 @@ METHODS = dict(
     balms            = _dt('BALMS', BalancedSoftmax, meta=MetaSampler),
 )
 _PARTS = dict(s=('Softmax', dict(loss=_ce)), cbs=('CBS', dict(loss=_ce, rates=0.)), bs=('BS', dict(loss=BalancedSoftmax))) # Supplement, Table 8: features by one, classifier by another
-for a, (title, _) in _PARTS.items():
-    for b, (other, how) in _PARTS.items():
-        if (a, b) not in (('s', 'cbs'), ('s', 'bs')): METHODS[f'{a}_{b}'] = Method(f'{title}, then {other}', stage1=dict(s='softmax').get(a, a), **how)
+METHODS.update({f'{a}_{b}': Method(f'{title}, then {other}', stage1=dict(s='softmax').get(a, a), **how) for a, (title, _) in _PARTS.items()
+                for b, (other, how) in _PARTS.items() if (a, b) not in (('s', 'cbs'), ('s', 'bs'))})                # these two are cRT and Balanced Softmax + DT
 
 # %% ../nbs/12_recipes.ipynb #33a51d29
 _cifar = dict(model='resnet32', iters=13000, bs=512, lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True, augment='autoaugment_cutout')
@@ -383,7 +382,7 @@ def _append(path, row):
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/12_recipes.ipynb #dc348d46
+# %% ../nbs/12_recipes.ipynb #255507b1
 def evaluate(
     logits, # Of the test set (n, k)
     targs, # True labels (n,)
@@ -396,6 +395,33 @@ def evaluate(
     return dict(**{k: pct(v) for k, v in shot_accuracy(probs, targs, counts).items()}, ece=pct(ece(probs, targs).item()), nll=round(F.cross_entropy(logits.float(), targs).item(), 5),
                 per_class=rounded(per_class_accuracy(probs, targs)), p_y=rounded(marginal_likelihood(probs)))
 
+# %% ../nbs/12_recipes.ipynb #054664bb
+def _run(recipe, out, train, test, device, progress, stop_at):
+    "The row of the ledger: training, one evaluation"
+    if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
+    method, counts, crc = METHODS[recipe.method], class_counts(train), data_crc(train)
+    first = recipe.first
+    args, later = (out, train, test, counts, device, crc), stop_at is not None and method.two_stages and stop_at > first.iters
+    learn, saved = _stage1(first, *args, progress=progress, stop_at=None if later else stop_at)
+    seconds = saved['seconds']
+    if method.two_stages:
+        learn, saved = _stage2(recipe, *args, progress=progress, stop_at=stop_at - first.iters if later else None)
+        seconds += saved['seconds']
+    if method.rebuild: method.rebuild(learn)
+    with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
+    if method.adjust: logits = method.adjust(logits, counts)
+    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
+                counts=counts.tolist(), train_crc=crc, **_environment(device))
+
+@contextmanager
+def _threads(n):
+    "torch with `n` CPU threads, for a while"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/12_recipes.ipynb #20b1d2d4
 def run(
     recipe:Recipe, # What to run
     out='runs', # Folder for models, checkpoints and the ledger
@@ -417,31 +443,6 @@ def run(
     with _threads(recipe.threads): row = _run(recipe, out, train, test, torch.device(device or default_device()), progress, stop_at)
     _append(out/'ledger.jsonl', row)
     return row
-
-@contextmanager
-def _threads(n):
-    "torch with `n` CPU threads, for a while"
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-def _run(recipe, out, train, test, device, progress, stop_at):
-    "The row of the ledger: training, one evaluation"
-    if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
-    method, counts, crc = METHODS[recipe.method], class_counts(train), data_crc(train)
-    first = recipe.first
-    args, later = (out, train, test, counts, device, crc), stop_at is not None and method.two_stages and stop_at > first.iters
-    learn, saved = _stage1(first, *args, progress=progress, stop_at=None if later else stop_at)
-    seconds = saved['seconds']
-    if method.two_stages:
-        learn, saved = _stage2(recipe, *args, progress=progress, stop_at=stop_at - first.iters if later else None)
-        seconds += saved['seconds']
-    if method.rebuild: method.rebuild(learn)
-    with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
-    if method.adjust: logits = method.adjust(logits, counts)
-    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                counts=counts.tolist(), train_crc=crc, **_environment(device))
 
 # %% ../nbs/12_recipes.ipynb #2808cbf9
 _COLUMNS = [(data, imbalance) for data in ('cifar10', 'cifar100') for imbalance in (200, 100, 10)]

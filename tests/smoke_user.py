@@ -45,3 +45,23 @@ with tempfile.TemporaryDirectory() as d:
     again = load_learner(pathlib.Path(d)/'model.pkl')
 with again.no_bar(): assert torch.allclose(again.get_preds(dl=again.dls.test_dl(test.images[:5]))[0], probs[:5], atol=1e-5)
 print('fit with MixUp, get_preds, export and load_learner work')
+
+# Decoupled training with the Meta Sampler, on images and on a bank of features
+from torch import nn
+from balms.decoupled import ClassifierOnly
+from balms.meta import MetaSampler
+from balms.over_balance import OverBalance
+from balms.samplers import resampled
+
+learn.remove_cb(learn.mix_up)
+for views in (0, 2):
+    cb = MetaSampler()
+    with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, loss_func=BalancedSoftmax.from_dls(dls), views=views, cbs=cb)
+    assert cb.head is not None and cb.n_steps == 30 and cb.psi.w.isfinite().all()
+with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[MetaSampler(), OverBalance()])
+learn.dls = resampled(dls)
+with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, loss_func=nn.CrossEntropyLoss(), scales=True)
+with tempfile.TemporaryDirectory() as d:
+    learn.export(pathlib.Path(d)/'model.pkl')
+    again = load_learner(pathlib.Path(d)/'model.pkl')
+print('fit_classifier with MetaSampler, a feature bank, LWS, OverBalance and resampled loaders work')

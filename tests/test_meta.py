@@ -251,6 +251,18 @@ def test_export_and_load(tmp_path):
     with learn.no_bar(): torch.testing.assert_close(preds, learn.get_preds(dl=learn.dls.test_dl(bank().images[:9]))[0])
 
 
+def test_an_exported_learner_holds_no_training_data(tmp_path):
+    ds, cb = bank(COUNTS*60), MetaSampler(lr=.1)
+    learn = fit(learner(ds, linear(), [cb], n=3))
+    learn.path = tmp_path
+    learn.export()
+    assert (tmp_path/'export.pkl').stat().st_size < ds.images.nbytes/4
+    kept = load_learner(tmp_path/'export.pkl').meta_sampler
+    assert torch.equal(kept.psi.w, cb.psi.w) and kept.about is None
+    fit(learn)                                                       # and the learner that was exported goes on
+    assert cb.n_steps == 6
+
+
 def test_validation_and_prediction_between_epochs_change_nothing():
     "fastai calls before_fit and after_fit for them too"
     class Look(Callback):
