@@ -30,6 +30,7 @@ def _parser():
     p.add_argument('--iters2', type=int, help="training steps of the classifier, for methods with a second stage  [the preset's]")
     p.add_argument('--views', type=int, help='train the second stage on a bank of features of this many augmented views  [0: on images]')
     p.add_argument('--precision', default='float32', help='float32, bfloat16 or float16  [float32]')
+    p.add_argument('--compile', action='store_true', help='let PyTorch compile the network: minutes at the start, less time a step')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps  [cuda if there is one]')
     p.add_argument('--out', default='runs', help='folder for models, the ledger and figures  [runs]')
     return p
@@ -49,7 +50,7 @@ def balms_train(argv=None):
         second = lambda m: dict(iters2=args.iters2, views=args.views) if m in METHODS and METHODS[m].two_stages else {}
         recipes = [Recipe(args.data, args.imbalance, m, args.preset, seed, size=args.size, iters=args.iters, precision=args.precision, **second(m)) for seed in range(args.seeds) for m in args.method]
         for i, r in enumerate(recipes):
-            row = run(r, out, args.root, _device(args.device), progress=sys.stdout.isatty())
+            row = run(r, out, args.root, _device(args.device), progress=sys.stdout.isatty(), compile=args.compile)
             print(f'[{i + 1}/{len(recipes)}] {r.data} {r.method} seed {r.seed}: {row["overall"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
             keys.append(r.key)
     except Interrupted as e: print(f'\n{e}', file=sys.stderr); raise SystemExit(130) from None

@@ -306,7 +306,7 @@ class ArrayDL(TfmdDL):
         self.before_iter()
         idxs = None if self.shuffle else torch.as_tensor(list(self.get_idxs()))
         for i in range(len(self)):
-            yield self.after_batch(self.batch(self.sampler.draw(self.bs) if self.shuffle else idxs[i*self.bs:(i + 1)*self.bs]))
+            yield self.make(self.sampler.draw(self.bs) if self.shuffle else idxs[i*self.bs:(i + 1)*self.bs])
         self.after_iter()
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -348,6 +348,18 @@ def one_batch(self:ArrayDL):
     state = self.state_dict() if self.shuffle else None
     try: return next(iter(self))
     finally: self.load_state_dict(state) if self.shuffle else None
+
+# %% ../nbs/04_data.ipynb #e7a3b915
+@patch
+def make(self:ArrayDL,
+    idxs, # Indices (b,) or a slice
+) -> tuple: # (images, labels) as the network gets them
+    "`batch`, then `after_batch`: to floats, and normalised"
+    x, y = b = self.batch(idxs)
+    fs = list(self.after_batch.fs)
+    if [type(f) for f in fs] != [IntToFloatTensor, Normalize] or not isinstance(x, (TensorImage, TensorImageBW)): return self.after_batch(b)
+    px = x.as_subclass(torch.Tensor).float().div_(fs[0].div)
+    return px.sub_(fs[1].mean).div_(fs[1].std).as_subclass(type(x)), y
 
 # %% ../nbs/04_data.ipynb #8bff524a
 class FeatureBank(ArrayDataset):

@@ -122,7 +122,7 @@ def _batches(dl, views):
     "Inputs and labels of `views` passes over the data of a loader, in order, with its transforms"
     for _ in range(views):
         if isinstance(dl, ArrayDL):
-            for i in torch.arange(len(dl.dataset)).split(dl.bs): yield dl.after_batch(dl.batch(i))
+            for i in torch.arange(len(dl.dataset)).split(dl.bs): yield dl.make(i)
         else: yield from dl.new(shuffle=False, drop_last=False) if type(dl) is TfmdDL else dl.new(cls=TfmdDL, shuffle=False, drop_last=False)
 
 @torch.no_grad()

@@ -295,7 +295,7 @@ def _meta_loader(self:_Meta, counts, device):
 @patch
 def _meta_batch(self:_Meta):
     "Inputs and labels of the next meta batch"
-    if isinstance(self.meta_dl, ArrayDL): b = self.meta_dl.after_batch(self.meta_dl.batch(self.meta_dl.sampler.draw(self.meta_dl.bs)))
+    if isinstance(self.meta_dl, ArrayDL): b = self.meta_dl.make(self.meta_dl.sampler.draw(self.meta_dl.bs))
     else:
         b = next(self.meta_iter, None) if self.meta_iter else None
         if b is None: self.meta_iter = iter(self.meta_dl); b = next(self.meta_iter)

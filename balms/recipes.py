@@ -34,6 +34,7 @@ from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class
 from .meta import MetaReweighter, MetaSampler
 from .models import MODELS, get_model, body_fc, find_classifier
 from .samplers import ClassSampler, sampling_rates
+from .speed import FastLoop
 
 # %% ../nbs/12_recipes.ipynb #2fed4556
 @dataclass(frozen=True)
@@ -278,18 +279,19 @@ def data_crc(ds) -> int:
     "Checksum of the images and labels of an `ArrayDataset`: says which subset a number was measured on"
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(ds.images.cpu().contiguous().numpy()))
 
-def _learner(recipe, train, test, counts, device):
+def _learner(recipe, train, test, counts, device, compile=False):
     "A `Learner` for a recipe: network, batches, loss and optimiser, all from its seed"
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method]
     sampler = None if method.rates == 1 else ClassSampler(train, sampling_rates(counts, method.rates), recipe.seed, train.c, device=device)
     dls = array_dls(train, test, bs=recipe.bs, sampler=sampler, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
-    opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd)
+    opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd, fused=device.type == 'cuda')
     net = get_model(recipe.model, train.c, train.images.shape[1])
     if method.head: replace_classifier(net, method.head(net.fc.in_features, train.c))
     learn = Learner(dls, net.to(dls.device), loss_func=method.loss(counts).to(dls.device),
-                    opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=ChannelsLast())
+                    opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=[ChannelsLast(), FastLoop()])
     learn.create_mbar, learn.logger = False, noop
+    if compile: learn.model.body.compile()                              # in place: weights keep their names
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
@@ -324,9 +326,9 @@ def _fit(learn, recipe, folder, iters, lr_at, crc, cbs=(), trained=None, progres
     return saved
 
 # %% ../nbs/12_recipes.ipynb #574b085c
-def _stage1(recipe, out, train, test, counts, device, crc, **kwargs):
+def _stage1(recipe, out, train, test, counts, device, crc, compile=False, **kwargs):
     "The trained `Learner` of a recipe without a second stage, and what was saved"
-    learn = _learner(recipe, train, test, counts, device)
+    learn = _learner(recipe, train, test, counts, device, compile)
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     method = METHODS[recipe.method]
     cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
@@ -342,9 +344,9 @@ def _on_features(learn, recipe, head):
     inner.opt, inner.create_mbar, inner.logger = _head_opt(inner, head), False, noop
     return inner
 
-def _stage2(recipe, out, train, test, counts, device, crc, **kwargs):
+def _stage2(recipe, out, train, test, counts, device, crc, compile=False, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
-    method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, device)
+    method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, device, compile)
     learn.model.load_state_dict(torch.load(out/recipe.first.key/'model.pt', map_location=device, weights_only=True)['model'])
     head = find_classifier(learn.model)
     if method.scales: head = ScaledLinear(head); replace_classifier(learn.model, head)
@@ -396,12 +398,12 @@ def evaluate(
                 per_class=rounded(per_class_accuracy(probs, targs)), p_y=rounded(marginal_likelihood(probs)))
 
 # %% ../nbs/12_recipes.ipynb #054664bb
-def _run(recipe, out, train, test, device, progress, stop_at):
+def _run(recipe, out, train, test, device, progress, stop_at, compile):
     "The row of the ledger: training, one evaluation"
     if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
     method, counts, crc = METHODS[recipe.method], class_counts(train), data_crc(train)
     first = recipe.first
-    args, later = (out, train, test, counts, device, crc), stop_at is not None and method.two_stages and stop_at > first.iters
+    args, later = (out, train, test, counts, device, crc, compile), stop_at is not None and method.two_stages and stop_at > first.iters
     learn, saved = _stage1(first, *args, progress=progress, stop_at=None if later else stop_at)
     seconds = saved['seconds']
     if method.two_stages:
@@ -410,8 +412,8 @@ def _run(recipe, out, train, test, device, progress, stop_at):
     if method.rebuild: method.rebuild(learn)
     with learn.no_bar(): logits, targs = learn.get_preds(act=noop)
     if method.adjust: logits = method.adjust(logits, counts)
-    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 1), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                counts=counts.tolist(), train_crc=crc, **_environment(device))
+    return dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
+                counts=counts.tolist(), train_crc=crc, compile=compile, **_environment(device))
 
 @contextmanager
 def _threads(n):
@@ -428,6 +430,7 @@ def run(
     root=None, # Where a named data set lies; default: `balms.data.data_root`
     device=None, # Default: CUDA if there is one
     progress:bool=False, # Show a progress bar
+    compile:bool=False, # Let PyTorch compile the network's body; like another processor, it changes rounding and time, and is no part of the recipe
     stop_at:int=None, # Stop after this step (of both stages together) and raise `Interrupted`, as Ctrl-C does
 ) -> dict: # The row of the ledger
     "Train by a recipe, evaluate once on the last weights, append a row to `out/ledger.jsonl`. Takes up what an interrupted run left."
@@ -440,7 +443,7 @@ def run(
         if row['key'] == recipe.key:
             if row['train_crc'] != data_crc(train): raise ValueError(f'{out/"ledger.jsonl"} has this recipe measured on other images than {recipe.data} has now. Use another output folder')
             return row
-    with _threads(recipe.threads): row = _run(recipe, out, train, test, torch.device(device or default_device()), progress, stop_at)
+    with _threads(recipe.threads): row = _run(recipe, out, train, test, torch.device(device or default_device()), progress, stop_at, compile)
     _append(out/'ledger.jsonl', row)
     return row
 
