@@ -74,7 +74,7 @@ def balms_table(argv=None):
     "Print the table of the finished runs in a ledger. Exit status: 0 done, 2 bad input."
     p = argparse.ArgumentParser('balms_table', description='The ledger as a table: accuracy in %, mean and standard error over seeds.')
     p.add_argument('ledger', nargs='?', default='runs', help='a ledger, or the folder it is in  [runs]')
-    p.add_argument('--table', type=int, help="as this table of the paper, 2, 5 or 8, with the commands for what is missing")
+    p.add_argument('--table', type=int, help="as this table of the paper, 2, 5, 7 or 8, with the commands for what is missing")
     p.add_argument('--preset', default='paper', help='whose runs --table shows; small runs never stand beside the numbers of the paper  [paper]')
     p.add_argument('--markdown', action='store_true', help='as Markdown')
     args = p.parse_args(argv)

@@ -185,7 +185,7 @@ def test_table_of_the_paper_from_the_command_line(tmp_path):
     r = call('balms_table', '--table', 5, cwd=tmp_path)
     assert r.returncode == 0 and 'missing / 81.5' in r.stdout and 'balms_train --data cifar100 --imbalance 10 --preset paper' in r.stdout
     r = call('balms_table', '--table', 3, cwd=tmp_path)
-    assert r.returncode == 2 and 'choose from 2, 5, 8' in r.stderr
+    assert r.returncode == 2 and 'choose from 2, 5, 7, 8' in r.stderr
 
 
 @pytest.mark.parametrize('method, at', [('bs', 20), ('balms', 20), ('balms', 30)])
