@@ -81,7 +81,7 @@ def _grey(x): # uint8 (b, 1, h, w)
 def _values(x): return torch.arange(256, device=x.device)
 
 def _contrast(grey, rq): # uint8 (b, 256)
-    return _blend(_values(grey), (grey.float().sum((1, 2, 3))/grey[0].numel())[:, None], *rq.split(1, 1))
+    return _blend(_values(grey), (grey.float().sum((1, 2, 3))/grey.shape[2:].numel())[:, None], *rq.split(1, 1))
 
 def _fixed_tables(op, m, rq): # uint8 (n, 256); the identity for all other operations
     v, m = torch.arange(256), m[:, None]
@@ -177,7 +177,7 @@ def _sparse(x, t, e, fill):
 def _dense_tables(x, values, grey, lut, r, q, auto, equal, one): # uint8 (b, c, 256)
     low, high = x.amin((2, 3))[..., None], x.amax((2, 3))[..., None]
     auto = auto & (low != high)
-    line = (lut[:, None] - torch.where(auto, low, 0.))*torch.where(auto, 255/(high - low), r) + q*(grey.sum((2, 3))/grey[0].numel())[..., None]
+    line = (lut[:, None] - torch.where(auto, low, 0.))*torch.where(auto, 255/(high - low), r) + q*(grey.sum((2, 3))/grey.shape[2:].numel())[..., None]
     hist = torch.zeros(*x.shape[:2], 256, dtype=torch.int32, device=x.device)
     hist.scatter_add_(2, values, one.expand(values.shape))
     below = hist.cumsum(2, dtype=torch.int32) - hist
