@@ -136,7 +136,7 @@ def training_step(device):
     opt = torch.optim.SGD(net.parameters(), .1, .9, weight_decay=5e-4, nesterov=True)
     x, y = torch.randn(BS, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last), torch.randint(100, (BS,), device=device)
     def step():
-        with torch.autocast(device.type, torch.bfloat16): loss = torch.nn.functional.cross_entropy(net(x), y)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False): loss = torch.nn.functional.cross_entropy(net(x), y)
         loss.backward(); opt.step(); opt.zero_grad(set_to_none=False)
     return step
 
@@ -160,7 +160,7 @@ def on_cuda(a):
     print(f'{source}, batches of {BS}, torch {torch.__version__}, {torch.cuda.get_device_name(device)}; {operations(aug, x)} operations a batch')
     policy = fused.augments[1]; policy.apply(x, policy.draw(BS, gen, device)); policy.apply = torch.compile(policy.apply, fullgraph=True)
     step, sync = training_step(device), lambda: torch.cuda.synchronize(device)
-    aug(x, gen); torch.cuda.set_sync_debug_mode('error'); aug(x, gen); torch.cuda.set_sync_debug_mode('default')
+    aug(x, gen); torch.cuda.set_sync_debug_mode('error'); aug(x, gen); torch.cuda.set_sync_debug_mode('default')      # an error if anything waits
     sides = {'step': step, 'step, graph': captured(step), 'ours': lambda: aug(x, gen), 'ours, graph': captured(lambda: aug(x, gen), gen), 'ours, compiled': lambda: fused(x, gen), 'ours, compiled, graph': captured(lambda: fused(x, gen), gen)}
     times = in_turns({k: timed(f, 50, 1, sync) for k, f in sides.items()}, a.seconds)
     for k, t in times.items(): print(f'    {k:22} {statistics.median(t)*1e6:8.0f} us')

@@ -105,6 +105,30 @@ def test_how_far_from_pil(o, share, mean):
     if o in ('Contrast', 'AutoContrast', 'Color', 'Sharpness'): assert d.max() <= 1
 
 
+# ---- crop, flip and Cutout, against loops over images
+
+@pytest.mark.parametrize('dtype', (torch.uint8, torch.float32, torch.int16))
+@pytest.mark.parametrize('pad,h,w', [(4, 32, 32), (1, 5, 9), (0, 6, 6), (3, 2, 1)])
+def test_crop_flip(dtype, pad, h, w):
+    x, gen = noise(40, h=h, w=w).to(dtype), seeded(1)
+    i, flip, j = (torch.randint(n, (40, 1), generator=gen).flatten().tolist() for n in (2*pad + 1, 2, 2*pad + 1))
+    want = torch.stack([TF.crop(TF.pad(a, pad), i[k], j[k], h, w) for k, a in enumerate(x)])
+    for k in range(40):
+        if flip[k]: want[k] = want[k].flip(-1)
+    assert torch.equal(CropFlip(pad)(x, seeded(1)), want) and len(set(i)) == len(set(j)) == 2*pad + 1 and set(flip) == {0, 1}
+
+
+@pytest.mark.parametrize('dtype', (torch.uint8, torch.float32, torch.int16))
+@pytest.mark.parametrize('size,h,w', [(16, 32, 32), (5, 9, 20), (1, 4, 4), (50, 8, 8)])
+def test_cutout(dtype, size, h, w):
+    x, gen = noise(40, h=h, w=w).to(dtype), seeded(1)
+    if dtype.is_floating_point: x[:, :, 0] = math.nan                             # what is cut out is 0 whatever it was
+    want, rows, cols = x.clone(), *(torch.randint(n, (40, 1), generator=gen).flatten().tolist() for n in (h, w))
+    for k in range(40): want[k, :, max(rows[k] - size//2, 0):max(rows[k] - size//2 + size, 0), max(cols[k] - size//2, 0):max(cols[k] - size//2 + size, 0)] = 0
+    got = Cutout(size)(x, seeded(1))
+    assert torch.equal(got.nan_to_num(-1) if dtype.is_floating_point else got, want.nan_to_num(-1) if dtype.is_floating_point else want) and got.dtype == dtype
+
+
 # ---- batches
 
 images = st.tuples(st.integers(0, 6), st.sampled_from((1, 3)), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
