@@ -150,11 +150,11 @@ class _Entries:
         for k, v in vars(self).items(): setattr(self, k, v.to(device))
         return self
 
+# %% ../nbs/05_augment.ipynb #80b7ebce
 def _move(x, source, fill): # source: (b, h*w); fill: uint8 (c, 1)
     b, c, h, w = x.shape
     return torch.cat([x.flatten(2), fill.expand(b, c, 1)], 2).gather(2, source.long()[:, None].expand(b, c, h*w)).view_as(x)
 
-# %% ../nbs/05_augment.ipynb #a06565e0
 def _table_ops(x, t, e, fill):
     op, lut = t.op[e], t.lut[e][:, None].repeat(1, x.shape[1], 1)
     for name, f in (('AutoContrast', lambda x, e: _autocontrast(x)), ('Equalize', lambda x, e: _equalize(x)),
