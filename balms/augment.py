@@ -116,10 +116,12 @@ def _affine(op, m, h, w): # float64 (n, 2, 3): A and t, from the new image to th
 def _maps(theta, h, w): # int32 (n, h*w): where each pixel comes from; h*w: from outside
     side = lambda n: torch.linspace(-n*.5 + .5, n*.5 - .5, n)
     grid = torch.stack([side(w).expand(h, w), side(h)[:, None].expand(h, w), torch.ones(h, w)], -1).view(1, h*w, 3)
-    grid = grid.expand(len(theta), h*w, 3).bmm(theta.float().transpose(1, 2)/torch.tensor([.5*w, .5*h])).view(-1, h, w, 2)
-    numbers = torch.arange(1., h*w + 1).view(1, 1, h, w).expand(len(theta), 1, h, w)
-    i = F.grid_sample(numbers, grid, mode='nearest', padding_mode='zeros', align_corners=False).flatten(1).int()
-    return torch.where(i == 0, h*w, i - 1)
+    numbers = torch.arange(1., h*w + 1).view(1, 1, h, w)
+    def some(theta):
+        at = grid.expand(len(theta), h*w, 3).bmm(theta.float().transpose(1, 2)/torch.tensor([.5*w, .5*h])).view(-1, h, w, 2)
+        i = F.grid_sample(numbers.expand(len(theta), 1, h, w), at, mode='nearest', padding_mode='zeros', align_corners=False).flatten(1).int()
+        return torch.where(i == 0, h*w, i - 1)
+    return torch.cat([some(t) for t in theta.split(max(1, 2**20//(h*w)))])          # a part at a time, for its memory
 
 # %% ../nbs/05_augment.ipynb #76eee95a
 def _smooth(x): # uint8 (b, c, h, w)
