@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 'long_tail', 'load_digits', 'cache_dir', 'cached',
-           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'CropFlip', 'Cutout', 'AutoAugmentCutout',
-           'ArrayDL', 'FeatureBank', 'array_dls']
+           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'ArrayDL', 'FeatureBank', 'array_dls']
 
 # %% ../nbs/04_data.ipynb #8a757335
 import json, math, os, zlib, tempfile
@@ -238,46 +237,6 @@ class ShuffledIndices:
     def state_dict(self): return dict(pos=self.pos, gen=self.gen.get_state(), perm=getattr(self, 'perm', None))
     def load_state_dict(self, s): self.pos, self.perm = s['pos'], s['perm']; self.gen.set_state(s['gen'].cpu())
 
-# %% ../nbs/04_data.ipynb #4a0d8aed
-class CropFlip:
-    "Random crop after padding by `pad` pixels and, if `flip`, a horizontal flip of every second image on average."
-    def __init__(self, pad:int=4, flip:bool=True): self.pad, self.flip = pad, flip
-    def __call__(self,
-        x:torch.Tensor, # Images (b, c, h, w), any dtype
-        gen:torch.Generator=None, # On the device of `x`
-    ) -> torch.Tensor: # Images (b, c, h, w)
-        b, c, h, w = x.shape
-        rand = lambda hi: torch.randint(hi, (b, 1), generator=gen, device=x.device)
-        rows = rand(2*self.pad + 1) + torch.arange(h, device=x.device)
-        cols = torch.arange(w, device=x.device).expand(b, w)
-        if self.flip: cols = torch.where(rand(2) > 0, cols.flip(1), cols)
-        cols = cols + rand(2*self.pad + 1)
-        x = torch.nn.functional.pad(x, [self.pad]*4)
-        i = torch.arange(b, device=x.device)
-        return x[i[:, None, None, None], torch.arange(c, device=x.device)[:, None, None], rows[:, None, :, None], cols[:, None, None, :]]
-    def __repr__(self): return f'CropFlip(pad={self.pad}, flip={self.flip})'
-
-# %% ../nbs/04_data.ipynb #ce0c961e
-class Cutout:
-    "Zero a square of `size` pixels around a uniformly random centre; it may hang over the edge (DeVries and Taylor 2017)."
-    def __init__(self, size:int=16): self.size = size
-    def __call__(self, x:torch.Tensor, gen:torch.Generator=None) -> torch.Tensor: # Images (b, c, h, w)
-        b, _, h, w = x.shape
-        def inside(n): # (b, n): which rows or columns the square covers
-            d = torch.arange(n, device=x.device) - torch.randint(n, (b, 1), generator=gen, device=x.device)
-            return (d >= -(self.size//2)) & (d < self.size - self.size//2)
-        return x.masked_fill(inside(h)[:, None, :, None] & inside(w)[:, None, None, :], 0)
-    def __repr__(self): return f'Cutout({self.size})'
-
-class AutoAugmentCutout:
-    "Crop, flip, AutoAugment with the CIFAR-10 policy and Cutout: the CIFAR augmentation of Ren et al. 2020, in their order."
-    def __init__(self, pad:int=4, cutout:int=16):
-        from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-        self.crop, self.policy, self.cutout = CropFlip(pad), AutoAugment(AutoAugmentPolicy.CIFAR10), Cutout(cutout)
-    def __call__(self, x:torch.Tensor, gen:torch.Generator=None) -> torch.Tensor: # uint8 images (b, 3, h, w)
-        return self.cutout(torch.stack([self.policy(o) for o in self.crop(x, gen)]), gen)
-    def __repr__(self): return f'AutoAugmentCutout(pad={self.crop.pad}, cutout={self.cutout.size})'
-
 # %% ../nbs/04_data.ipynb #c997f58a
 class ArrayDL(TfmdDL):
     "A fastai `DataLoader` over an `ArrayDataset` held on the device; indices are drawn when a batch is asked for."
@@ -376,7 +335,7 @@ def array_dls(
     bs:int=128, # Images a batch
     test_bs:int=1000, # Images a batch of `test`
     sampler=None, # Of the training batches; default: `ShuffledIndices`
-    augment=None, # Of the training batches, such as `CropFlip()`
+    augment=None, # Of the training batches: a function of a uint8 batch and a generator, such as `CropFlip(4)`
     n_batches:int=None, # Training batches an epoch
     seed:int=0, # Of the order and of the augmentation
     device=None, # Default: fastai's `default_device`

@@ -26,9 +26,10 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
+from .augment import AutoAugmentCutout, CropFlip
 from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling
 from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits, class_counts
-from .data import DATASETS, _imbalance, load_data, long_tail, array_dls, CropFlip, AutoAugmentCutout
+from .data import DATASETS, _imbalance, load_data, long_tail, array_dls
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
 from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, _head_opt
 from .meta import MetaReweighter, MetaSampler

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from balms.core import class_counts
-from balms.data import (ArrayDL, ArrayDataset, CropFlip, array_dls, data_root, load_data, load_digits, load_folder, long_tail, long_tail_indices)
+from balms.augment import CropFlip
+from balms.data import (ArrayDL, ArrayDataset, array_dls, data_root, load_data, load_digits, load_folder, long_tail, long_tail_indices)
 
 real = pytest.mark.parametrize('name,n_max,sizes', [('cifar10', 5000, {10: 20431, 50: 13996, 100: 12406, 200: 11203}), ('cifar100', 500, {10: 19573, 50: 12608, 100: 10847, 200: 9502})])
 

@@ -11,7 +11,8 @@ from fastai.callback.schedule import Learner
 from fastai.learner import load_learner
 from fastai.optimizer import Adam, OptimWrapper
 from balms.core import BalancedSoftmax, balanced_softmax_loss, class_counts
-from balms.data import ArrayDataset, CropFlip, FeatureBank, array_dls, load_digits, long_tail
+from balms.augment import CropFlip
+from balms.data import ArrayDataset, FeatureBank, array_dls, load_digits, long_tail
 from balms.decoupled import ClassifierOnly, feature_bank
 from balms.meta import ClassRates, MetaReweighter, MetaSampler, closed_form_credit, inner_step, rate_gradient, soft_draw, weight_gradient
 from balms.models import get_model
