@@ -269,9 +269,14 @@ class _Policy:
     ) -> Tensor: # Like `x`
         x8, back = _eight_bits(x, self._is_dense(x))
         return back(self.apply(x8, self.draw(len(x), gen, x.device)))
+    def compile(self, c, h, w, device, **kwargs):
+        "Let PyTorch make few kernels of all that follows the draws, for images of c x h x w. Only where every image goes through every operation."
+        self.entries(c, h, w, torch.empty(0, device=device).device)                  # made outside of what is compiled
+        self.apply = torch.compile(self.apply, **kwargs)
+        return self
     def _is_dense(self, x): return x.device.type != 'cpu' if self.dense is None else self.dense
     def __repr__(self): return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self._args().items())}, fill={self.fill!r})'
-    def __getstate__(self): return {**self.__dict__, '_tables': {}}                  # exported without what can be made again
+    def __getstate__(self): return {**{k: v for k, v in self.__dict__.items() if k != 'apply'}, '_tables': {}}                  # exported without what can be made again
 
 # %% ../nbs/05_augment.ipynb #f91653d8
 _CIFAR10 = '''Invert .1, Contrast .2 6; Rotate .7 2, TranslateX .3 9; Sharpness .8 1, Sharpness .9 3; ShearY .5 8, TranslateY .7 9; AutoContrast .5, Equalize .9;
@@ -358,6 +363,11 @@ class Chain:
     def __call__(self, x:Tensor, gen:torch.Generator=None) -> Tensor: # Images (b, c, h, w)
         for f in self.augments: x = f(x, gen)
         return x
+    def compile(self, c, h, w, device, **kwargs):
+        "Compile those that can be, see `AutoAugment`"
+        for f in self.augments:
+            if hasattr(f, 'compile'): f.compile(c, h, w, device, **kwargs)
+        return self
     def __repr__(self): return f'Chain({", ".join(map(repr, self.augments))})'
 
 class AutoAugmentCutout(Chain):

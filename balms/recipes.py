@@ -285,14 +285,17 @@ def _learner(recipe, train, test, counts, device, compile=False):
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method]
     sampler = None if method.rates == 1 else ClassSampler(train, sampling_rates(counts, method.rates), recipe.seed, train.c, device=device)
-    dls = array_dls(train, test, bs=recipe.bs, sampler=sampler, augment=AUGMENTS[recipe.augment](), seed=recipe.seed, device=device)
+    augment = AUGMENTS[recipe.augment]()
+    dls = array_dls(train, test, bs=recipe.bs, sampler=sampler, augment=augment, seed=recipe.seed, device=device)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.wd, fused=device.type == 'cuda')
     net = get_model(recipe.model, train.c, train.images.shape[1])
     if method.head: replace_classifier(net, method.head(net.fc.in_features, train.c))
     learn = Learner(dls, net.to(dls.device), loss_func=method.loss(counts).to(dls.device),
                     opt_func=opt, lr=recipe.lr, splitter=body_fc, wd_bn_bias=True, train_bn=False, cbs=[ChannelsLast(), FastLoop()])
     learn.create_mbar, learn.logger = False, noop
-    if compile: learn.model.body.compile()                              # in place: weights keep their names
+    if compile:
+        learn.model.body.compile()                                    # in place: weights keep their names
+        if device.type == 'cuda' and hasattr(augment, 'compile'): augment.compile(*train.images.shape[1:], dls.device)
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
