@@ -41,7 +41,7 @@ def _entry(line, num_classes=None):
     if label < 0 or num_classes and label >= num_classes: raise ValueError(f'the label {label} is out of range' + (f' 0..{num_classes - 1}' if num_classes else ': labels are 0, 1, ...'))
     return file, label
 
-# %% ../nbs/04a_image_lists.ipynb #d0a72fb0
+# %% ../nbs/04a_image_lists.ipynb #aa9b14c6
 def _lines(path):
     "The lines of a list file, `.txt` or `.txt.gz`. Raises an error that names a file that is not one."
     try:
@@ -61,7 +61,13 @@ def _parse(path, num_classes=None):
         else: entries.append((i, file, label))
     return entries, problems or ([] if entries else [f'{path}: the list is empty'])
 
-def _summary(problems, n=10): return '\n'.join([*problems[:n], *([f'... and {len(problems) - n:,} more'] if len(problems) > n else [])])
+def _kind(problem): return re.sub(r"'.*?'|\d+|\S*/\S*", '', problem)          # without what differs from line to line
+def _summary(problems, n=20, alike=3):
+    "At most `n` lines: of problems that are alike the first ones, and how many more there are"
+    kinds = {}
+    for p in problems: kinds.setdefault(_kind(p), []).append(p)
+    lines = [l for ps in kinds.values() for l in ps[:alike] + ([f'... and {len(ps) - alike:,} more like it'] if len(ps) > alike else [])]
+    return '\n'.join([*lines[:n], *([f'... and {len(lines) - n:,} more lines'] if len(lines) > n else [])])
 
 # %% ../nbs/04a_image_lists.ipynb #5efa69cb
 @dataclass
@@ -183,7 +189,7 @@ def _decode_pil(data, error):
         why = str(e) if 'cannot identify' not in str(e) else 'not an image'
         raise ValueError(f'does not decode: {why}') from error
 
-# %% ../nbs/04a_image_lists.ipynb #e98fdbde
+# %% ../nbs/04a_image_lists.ipynb #33d89719
 @dataclass
 class ListReport:
     "What `check_lists` found"
@@ -192,7 +198,7 @@ class ListReport:
     problems:list # What is wrong, with file and line
     @property
     def ok(self): return not self.problems
-    def __str__(self): return '\n'.join([*self.lines, f'{len(self.problems):,} problem{"s"*(len(self.problems) != 1)}:\n{_summary(self.problems, 20)}' if self.problems else f'{self.name}: all that was checked is right'])
+    def __str__(self): return '\n'.join([*self.lines, f'{len(self.problems):,} problem{"s"*(len(self.problems) != 1)}:\n{_summary(self.problems)}' if self.problems else f'{self.name}: all that was checked is right'])
 
 def _gaps(path, targets, k):
     "Classes 0..k-1 without an image in a list"
@@ -298,7 +304,7 @@ class _Strings:
     def __getitem__(self, i): return self.data[self.ends[i]:self.ends[i + 1]].tobytes().decode('utf-8', 'surrogateescape')
     def take(self, idxs): return _Strings([self[i] for i in idxs])
 
-# %% ../nbs/04a_image_lists.ipynb #d2c7733f
+# %% ../nbs/04a_image_lists.ipynb #dca57356
 class ImageListDataset(Dataset):
     "Images of a list, read and decoded when they are asked for. Raises `ValueError` or `OSError` with list, line and file for one that cannot be."
     n_inp, split_idx, encoded = 1, None, False
@@ -317,7 +323,7 @@ class ImageListDataset(Dataset):
     @property
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.targets)
-    def __repr__(self): return f'{type(self).__name__}: {len(self):,} images, {self.c:,} classes, {self.where(0).rsplit(":", 1)[0] if len(self) else "empty"}'
+    def __repr__(self): return f'{type(self).__name__}: {len(self):,} images, {self.c:,} classes, {self.source.name if self.source else "no list"}'
     def __getitem__(self, i): return (self._encoded if self.encoded else self._seen)(i), TensorCategory(self.targets[i])
     def _seen(self, i): return TensorImage(self.image(i) if self.view is None else self.view(self.image(i)))
     def where(self, i): return f'{self.source or self.root}:{self.lines[i]}'
@@ -353,14 +359,14 @@ def with_view(self:ImageListDataset, view):
     "The same images, seen through another view"
     return self._copy(view=view)
 
-# %% ../nbs/04a_image_lists.ipynb #7dd86247
+# %% ../nbs/04a_image_lists.ipynb #2d53afae
 def _drop_missing(lst, root):
     "The list without images that are not there, and these as 'list:line: file'"
     with ThreadPool(16) as pool: there = pool.map(lambda f: (Path(root)/f).is_file(), lst.files, chunksize=256)
     if all(there): return lst, []
     keep = [i for i, t in enumerate(there) if t]
     skipped = [f'{lst.at(i)}: no file {Path(root)/lst.files[i]}' for i, t in enumerate(there) if not t]
-    warnings.warn(f'{len(skipped):,} of {len(lst):,} images of {lst.path} are missing and are skipped:\n{_summary(skipped, 3)}')
+    warnings.warn(f'{len(skipped):,} of {len(lst):,} images of {lst.path} are missing and are skipped:\n{_summary(skipped)}')
     return ImageList(lst.path, [lst.files[i] for i in keep], lst.targets[keep], [lst.lines[i] for i in keep]), skipped
 
 def load_lists(
@@ -514,7 +520,7 @@ class ImageListDL(TfmdDL):
         if dataset is not None and not isinstance(dataset, Dataset): dataset = ImageListDataset(dataset, '', old.vocab, old.view)._copy(split_idx=1, encoded=old.encoded)
         return super().new(dataset, cls, **kwargs)
 
-# %% ../nbs/04a_image_lists.ipynb #c16b8a07
+# %% ../nbs/04a_image_lists.ipynb #2d8265a3
 VIEWS = dict(code=(RandomWindow, Centre), paper=(Resized, Centre))     # by preset: in training, in validation
 
 def list_dls(
@@ -524,6 +530,7 @@ def list_dls(
     valid_bs:int=None, # Images a batch in validation; default: `bs`
     size:int=224, # Side of the images that the network sees
     preset:str='paper', # Views, 'paper' or 'code'; a data set with a view of its own keeps it
+    flip:float=.5, # Share of training images that are mirrored
     jitter:float=.4, # Colour jitter in training; 0: none
     num_workers:int=None, # Processes that read and decode; default: one a CPU, at most 16
     seed:int=0, # Of mirror and colour jitter
@@ -537,7 +544,7 @@ def list_dls(
     if decode not in ('workers', 'device'): raise ValueError(f"decode must be 'workers' or 'device', not {decode!r}")
     if decode == 'device' and device.type != 'cuda': raise ValueError(f"decode='device' needs a CUDA device; this is {device.type!r}")
     views = VIEWS[preset][0](size), VIEWS[preset][1](size, round(size*256/224))
-    dls = [_list_dl(ds, view, i, b, num_workers, device, decode == 'device', FlipJitter(jitter=jitter, seed=seed)) for i, (ds, view, b) in enumerate(zip((train, valid), views, (bs, valid_bs or bs)))]
+    dls = [_list_dl(ds, view, i, b, num_workers, device, decode == 'device', FlipJitter(flip, jitter, seed)) for i, (ds, view, b) in enumerate(zip((train, valid), views, (bs, valid_bs or bs)))]
     return DataLoaders(*dls, device=device)
 
 def _list_dl(ds, view, split_idx, bs, num_workers, device, encoded, augment):
@@ -595,7 +602,7 @@ def pack_images(
     except BaseException: os.unlink(tmp); raise
     return PackedDataset(path)
 
-# %% ../nbs/04a_image_lists.ipynb #8745964b
+# %% ../nbs/04a_image_lists.ipynb #ab4c8bb6
 class PackedDataset(ImageListDataset):
     "The images of a pack, see `pack_images`. Raises `ValueError` for a file that is truncated, damaged, not a pack, or the pack of another list."
     def __init__(self,
@@ -612,7 +619,7 @@ class PackedDataset(ImageListDataset):
         if of is not None: self._same(of)
     def where(self, i): return f'{self.path}: image {self.idxs[i]} ({self.files[i]}, line {self.lines[i]} of {self.about["source"]})'
     def subset(self, idxs): return super().subset(idxs)._copy(idxs=self.idxs[np.asarray(idxs, np.int64)])
-    def __repr__(self): return f'PackedDataset: {len(self):,} images, {self.c:,} classes, {self.path}'
+    def __repr__(self): return f'PackedDataset: {len(self):,} images, {self.c:,} classes, {self.path.name}'
     def __getstate__(self): return {**self.__dict__, '_map': (None, None)}
 
 def _read_index(path):
