@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIST_FACTS', 'SPLITS', 'VIEWS', 'ImageList', 'read_list', 'ListFacts', 'find_lists', 'sample_tree', 'decode_rgb',
            'ListReport', 'check_lists', 'balms_check', 'ImageListDataset', 'load_lists', 'RandomWindow', 'Resized',
-           'Centre', 'FlipJitter', 'Encoded', 'DecodeBatch', 'ImageListDL', 'list_dls', 'pack_images', 'PackedDataset']
+           'Centre', 'FlipJitter', 'Parcel', 'Unpack', 'ImageListDL', 'list_dls', 'pack_images', 'PackedDataset']
 
 # %% ../nbs/04a_image_lists.ipynb #c188ffa1
 import argparse, gzip, io, json, math, mmap, os, posixpath, re, struct, sys, tempfile, warnings, zlib
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np, torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from torch.utils.data import DataLoader as TorchLoader, Dataset, default_collate
+from torch.utils.data import DataLoader as TorchLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg, encode_png
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize, Transform
@@ -304,10 +304,10 @@ class _Strings:
     def __getitem__(self, i): return self.data[self.ends[i]:self.ends[i + 1]].tobytes().decode('utf-8', 'surrogateescape')
     def take(self, idxs): return _Strings([self[i] for i in idxs])
 
-# %% ../nbs/04a_image_lists.ipynb #dca57356
+# %% ../nbs/04a_image_lists.ipynb #d2c7733f
 class ImageListDataset(Dataset):
     "Images of a list, read and decoded when they are asked for. Raises `ValueError` or `OSError` with list, line and file for one that cannot be."
-    n_inp, split_idx, encoded = 1, None, False
+    n_inp, split_idx, encoded, parcels = 1, None, False, False
     def __init__(self,
         items, # An `ImageList`, or paths of images below `root`, to predict
         root, # Folder of the images
@@ -324,8 +324,8 @@ class ImageListDataset(Dataset):
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.targets)
     def __repr__(self): return f'{type(self).__name__}: {len(self):,} images, {self.c:,} classes, {self.source.name if self.source else "no list"}'
-    def __getitem__(self, i): return (self._encoded if self.encoded else self._seen)(i), TensorCategory(self.targets[i])
-    def _seen(self, i): return TensorImage(self.image(i) if self.view is None else self.view(self.image(i)))
+    def __getitem__(self, i): return self._item(i) if self.parcels else TensorImage(self._seen(i)), TensorCategory(self.targets[i])
+    def _seen(self, i): return self.image(i) if self.view is None else self.view(self.image(i))
     def where(self, i): return f'{self.source or self.root}:{self.lines[i]}'
     def new_empty(self): return self.subset([])
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
@@ -456,6 +456,40 @@ class FlipJitter(Transform):
                     x[i] = y
         return t(x)
 
+# %% ../nbs/04a_image_lists.ipynb #572a6a49
+_slots = []                                                       # shared memory of a worker; the first byte says whether it holds a batch under way
+_HEAD = 64                                                        # bytes before the images
+
+def _room(n):
+    "Memory for `n` bytes behind the head; shared, and used again, in a worker"
+    if not get_worker_info(): return torch.zeros(_HEAD + n, dtype=torch.uint8)
+    s = next((s for s in _slots if not s[0] and len(s) >= _HEAD + n), None)
+    if s is None:
+        _slots[:] = [o for o in _slots if o[0]]                   # free, but too small
+        s = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(_HEAD + n + n//8))
+        _slots.append(s)
+    s[0] = 1
+    return s[:_HEAD + n]
+
+class _One:
+    "One image for a `Parcel`: pixels (3, h, w), or a file as uint8 (n,); `where` says which it is"
+    def __init__(self, x, where): self.x, self.where = x, where
+    def __repr__(self): return f'{tuple(self.x.shape)}, {self.where}'
+
+class Parcel(_One):                                               # so that fastai keeps its type
+    "The images of a batch on the way from a worker"
+    def __init__(self, memory, ends, shapes, where): self.memory, self.ends, self.shapes, self.where = memory, ends, shapes, where
+    @classmethod
+    def of(cls, items:list): # Of `_One`
+        xs, ends = [o.x for o in items], np.cumsum([o.x.numel() for o in items]).tolist()
+        p = cls(_room(ends[-1]), ends, [tuple(x.shape) for x in xs], [o.where for o in items])
+        for to, x in zip(p.parts(), xs): to.copy_(x)
+        return p
+    def __len__(self): return len(self.shapes)
+    def parts(self): return [self.memory[_HEAD + a:_HEAD + b].view(s) for a, b, s in zip([0, *self.ends], self.ends, self.shapes)]
+    def pin_memory(self): return self._read(Parcel(self.memory.pin_memory(), self.ends, self.shapes, self.where))
+    def _read(self, res): self.memory[0] = 0; return res
+
 # %% ../nbs/04a_image_lists.ipynb #6f516778
 def _plain_jpeg(data):
     "Whether bytes are a JPEG file in grey or colour, by its frame header"
@@ -467,57 +501,44 @@ def _plain_jpeg(data):
         i += 1 if marker == 0xff else 2 + n
     return False
 
-class Encoded:
-    "Images of a batch as they are in their files, or decoded where `shapes` has a shape; `where` says which images they are"
-    def __init__(self, data, ends, shapes, where): self.data, self.ends, self.shapes, self.where = data, ends, shapes, where
-    def __len__(self): return len(self.shapes)
-    def parts(self): return [self.data[a:b] for a, b in zip([0, *self.ends], self.ends)]
-    @classmethod
-    def cat(cls, es):
-        "One batch of several"
-        ends = np.cumsum([len(e.data) for e in es]).tolist()
-        return cls(torch.cat([e.data for e in es]), ends, *([o for e in es for o in getattr(e, a)] for a in ('shapes', 'where')))
-
 @patch
-def _encoded(self:ImageListDataset, i):
-    "Image `i` for a device that decodes JPEG"
-    data = self.read(i)
-    plain = _plain_jpeg(data)
-    x = torch.frombuffer(bytearray(data), dtype=torch.uint8) if plain else self.image(i).contiguous()
-    return Encoded(x.flatten(), [x.numel()], [None if plain else x.shape], [self.where(i)])
+def _item(self:ImageListDataset, i):
+    "Image `i` for a `Parcel`: as it is seen, or its file for a device that decodes"
+    if self.encoded and _plain_jpeg(data := self.read(i)): return _One(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.where(i))
+    return _One(self.image(i) if self.encoded else self._seen(i), self.where(i))
 
-# %% ../nbs/04a_image_lists.ipynb #a87efa08
-class DecodeBatch(Transform):
-    "Decode a batch on the device, and make its images one size"
+# %% ../nbs/04a_image_lists.ipynb #d53a845e
+class Unpack(Transform):
+    "A `Parcel` as a batch on the device"
     order = 0                                                     # before all that works on images
     def __init__(self,
-        view, # Called with a uint8 image (3, h, w)
-        device, # Where to decode
-    ): self.view, self.device = view, torch.device(device)
-    def encodes(self, x:Encoded):
+        device, # Where the batch is needed
+        view=None, # Called with each image, uint8 (3, h, w); None: workers have done so
+    ): self.device, self.view = torch.device(device), view
+    def encodes(self, x:Parcel):
+        if self.view is None:
+            if len(set(x.shapes)) > 1: raise ValueError(f'Images of unequal size in a batch, {sorted(set(x.shapes))[:3]}: the view must give them one')
+            return x._read(TensorImage(x.memory[_HEAD:].view(len(x), *x.shapes[0]).to(self.device, copy=True)))
         parts = x.parts()
-        jpeg = [i for i, s in enumerate(x.shapes) if s is None]
-        try: ims = dict(zip(jpeg, decode_jpeg([parts[i] for i in jpeg], ImageReadMode.RGB, device=self.device))) if jpeg else {}
-        except RuntimeError: ims = {i: self._one(parts[i], x.where[i]) for i in jpeg}
-        return TensorImage(torch.stack([self.view(ims[i] if s is None else p.view(s).to(self.device)) for i, (p, s) in enumerate(zip(parts, x.shapes))]))
+        files = [i for i, p in enumerate(parts) if p.ndim == 1]
+        try: ims = dict(zip(files, decode_jpeg([parts[i] for i in files], ImageReadMode.RGB, device=self.device))) if files else {}
+        except RuntimeError: ims = {i: self._one(parts[i], x.where[i]) for i in files}
+        return x._read(TensorImage(torch.stack([self.view(ims[i] if i in ims else p.to(self.device)) for i, p in enumerate(parts)])))
     def _one(self, data, where):
         try: return decode_rgb(data).to(self.device)
         except ValueError as e: raise ValueError(f'{where}: {e}') from e
 
-# %% ../nbs/04a_image_lists.ipynb #0f1c2814
+# %% ../nbs/04a_image_lists.ipynb #f5a616d8
 def _collate(items):
-    "A batch of images of one size, or of encoded ones"
+    "A batch of `_One` and labels"
     xs, ys = zip(*items)
-    if isinstance(xs[0], Encoded): return Encoded.cat(xs), TensorCategory(torch.stack(ys))
-    shapes = {tuple(x.shape) for x in xs}
-    if len(shapes) > 1: raise ValueError(f'Images of unequal size in a batch, {sorted(shapes)[:3]}: the view must give them one')
-    return TensorImage(default_collate([x.as_subclass(torch.Tensor) for x in xs])), TensorCategory(torch.stack(ys))
+    return Parcel.of(xs), TensorCategory(torch.stack(ys))
 
 class ImageListDL(TfmdDL):
     "A fastai `DataLoader` of an `ImageListDataset`, which also takes paths of images to predict, as in `learn.dls.test_dl(paths)`"
     def new(self, dataset=None, cls=None, **kwargs):
         old = self.dataset
-        if dataset is not None and not isinstance(dataset, Dataset): dataset = ImageListDataset(dataset, '', old.vocab, old.view)._copy(split_idx=1, encoded=old.encoded)
+        if dataset is not None and not isinstance(dataset, Dataset): dataset = ImageListDataset(dataset, '', old.vocab, old.view)._copy(split_idx=1, encoded=old.encoded, parcels=True)
         return super().new(dataset, cls, **kwargs)
 
 # %% ../nbs/04a_image_lists.ipynb #2d8265a3
@@ -549,8 +570,8 @@ def list_dls(
 
 def _list_dl(ds, view, split_idx, bs, num_workers, device, encoded, augment):
     "One of the loaders"
-    ds = ds._copy(view=ds.view or view, split_idx=split_idx, encoded=encoded)
-    tfms = [DecodeBatch(ds.view, device)]*encoded + [IntToFloatTensor(), augment, Normalize.from_stats(*imagenet_stats, cuda=False)]
+    ds = ds._copy(view=ds.view or view, split_idx=split_idx, encoded=encoded, parcels=True)
+    tfms = [Unpack(device, ds.view if encoded else None), IntToFloatTensor(), augment, Normalize.from_stats(*imagenet_stats, cuda=False)]
     dl = ImageListDL(ds, bs=bs, shuffle=split_idx == 0, drop_last=split_idx == 0 and len(ds) >= bs, num_workers=num_workers, device=device, pin_memory=device.type == 'cuda', create_batch=_collate, after_batch=tfms)
     dl.to(device)
     return dl

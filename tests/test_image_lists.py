@@ -149,11 +149,28 @@ def test_memory_does_not_grow(tree, tmp_path, packed):
     assert max(used[3:]) - used[2] < 8_000, used                                                # KB
 
 
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc')
 def test_workers_share_the_names(tree):
-    "No Python string, and nothing else with a reference count, for each image"
-    train, _ = load_lists(tree)
-    held = [v for v in vars(train).values() if isinstance(v, (list, tuple, dict)) and len(v) > 20]
-    assert not held and train.files.data.dtype == np.uint8
+    "A worker reads from a list of 300,000 names and does not come to own a copy of it"
+    from balms.samplers import resampled
+    train, test = load_lists(tree)
+    dls = list_dls(train.subset(torch.arange(300_000) % len(train)), test, bs=64, size=16, num_workers=1, device='cpu')
+    used = []
+    for i, _ in enumerate(resampled(dls, 1, n_batches=90).train):
+        if i in (20, 80): used.append(_anonymous())
+    assert used[1] - used[0] < 4_000, used                                                      # KB
+
+
+def test_shared_memory_is_used_again(tree):
+    "A batch that is kept does not change when later ones come, and a worker has few places for batches"
+    train, test = load_lists(tree)
+    dls = list_dls(train, test, bs=8, size=32, num_workers=2, device='cpu')
+    kept = [x for x, _ in dls.valid]
+    want = [x for x, _ in list_dls(train, test, bs=8, size=32, num_workers=0, device='cpu').valid]
+    assert len(kept) == 25 and all(torch.equal(a, b) for a, b in zip(kept, want))
+    from balms.image_lists import ImageListDL, _collate
+    held = [x for x, _ in ImageListDL(test._copy(view=lambda x: x[:, :8, :8], parcels=True), bs=8, num_workers=1, create_batch=_collate, device='cpu')]   # parcels nobody opens
+    assert all(torch.equal(torch.stack(p.parts()), torch.stack([test.image(i)[:, :8, :8] for i in range(8*j, 8*j + 8)])) for j, p in enumerate(held))
 
 
 def test_pack_in_spawned_workers(tree, tmp_path):
