@@ -590,7 +590,7 @@ class _Shrunk(Dataset):
     def __len__(self): return len(self.args[0])
     def __getitem__(self, i): ds, *how = self.args; return _shrink(ds, i, *how)
 
-# %% ../nbs/04a_image_lists.ipynb #6f965ab2
+# %% ../nbs/04a_image_lists.ipynb #217ff9b6
 _MAGIC, _HEADER = b'BALMSPK1', struct.Struct('<8sQQI')                             # magic, start, length and CRC-32 of the index
 
 def _index(ds, lengths, crcs, about):
@@ -607,7 +607,7 @@ def pack_images(
     quality:int=95, # Of JPEG, 1..100; None: PNG, without loss
     num_workers:int=None, # Processes that decode and encode; default: one a CPU
     progress:bool=False, # Show a progress bar
-) -> 'PackedDataset':
+) -> ImageListDataset: # A `PackedDataset`
     "Store every image once at short side `short` in one file. Raises an error that names an image that cannot be read, and leaves nothing then."
     path, num_workers = Path(path).expanduser(), os.cpu_count() if num_workers is None else num_workers
     if quality is not None and not 1 <= quality <= 100: raise ValueError(f'quality is 1..100, or None for PNG, not {quality}')
