@@ -1,0 +1,192 @@
+"Images in lists: the published lists where they are at hand, the command, samplers and the Meta Sampler on the loaders, workers, bad files, packs, memory."
+import gzip, io, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from balms.core import class_counts
+from balms.image_lists import (LIST_FACTS, ImageListDataset, PackedDataset, check_lists, decode_rgb, find_lists, list_dls, load_lists, pack_images, read_list, sample_tree)
+
+LISTS = Path(os.environ.get('BALMS_LISTS', ''))
+published = pytest.mark.skipif(not os.environ.get('BALMS_LISTS'), reason='the published lists are not at hand: BALMS_LISTS names no folder')
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory): return sample_tree(tmp_path_factory.mktemp('lists')/'digits')
+
+
+@published
+def test_places_lt():
+    "All three lists, exactly as published"
+    r = check_lists('places_lt', lists=LISTS)
+    assert r.ok, str(r)
+    assert 'train: 62,500 images, 365 classes of 4,980..5, imbalance 996, many/medium/few 131/163/71' in str(r)
+    assert 'val: 7,300 images, 365 classes of 20..20' in str(r) and 'test: 36,500 images, 365 classes of 100..100' in str(r) and 'no folder was given' in str(r)
+    lst = read_list(find_lists(LISTS, 'places_lt')['train'], 365)
+    counts = json.loads((LISTS/'places_lt_cls_num_list.json').read_text())
+    assert class_counts(lst).tolist() == counts
+
+
+@published
+def test_imagenet_lt():
+    "Without its training list, which the check says; the counts are those of the facts"
+    r = check_lists('imagenet_lt', lists=LISTS)
+    assert r.ok and 'train: no list' in str(r) and 'test: 50,000 images, 1,000 classes of 50..50' in str(r) and 'val: 20,000 images, 1,000 classes of 20..20' in str(r)
+    n, f = json.loads((LISTS/'imagenet_lt_cls_num_list.json').read_text()), LIST_FACTS['imagenet_lt']
+    assert (len(n), sum(n), max(n), min(n), (sum(i > 100 for i in n), sum(20 <= i <= 100 for i in n), sum(i < 20 for i in n))) == (f.classes, f.train, f.largest, f.smallest, f.shots)
+
+
+@published
+@pytest.mark.parametrize('change,what', [
+    (lambda ls: ls[:-1], ['images: 62499, but 62500']), (lambda ls: ls + [ls[0]], [':62501: the image of line 1 again']),
+    (lambda ls: ls[:5] + [ls[5].rsplit(' ', 1)[0] + ' 365'] + ls[6:], [':6: the label 365 is out of range 0..364']),
+    (lambda ls: [l for l in ls if not l.endswith(' 17')], ['no images of classes [17]', 'smallest: 0, but 5']),
+    (lambda ls: ls[:9] + [ls[9].replace('/', '\\')] + ls[10:], [':10: a Windows path'])])
+def test_a_changed_list_is_found(tmp_path, change, what):
+    paths = find_lists(LISTS, 'places_lt')
+    ls = gzip.decompress(paths['train'].read_bytes()).decode().splitlines()
+    (tmp_path/'train.txt').write_text('\n'.join(change(ls)) + '\n')
+    r = check_lists('places_lt', lists={**paths, 'train': tmp_path/'train.txt'})
+    assert not r.ok and all(any(w in p for p in r.problems) for w in what), str(r)
+
+
+def run(*args): return subprocess.run([sys.executable, '-c', 'from balms.image_lists import balms_check; balms_check()', *map(str, args)], capture_output=True, text=True)
+
+
+def test_command(tree, tmp_path):
+    assert (r := run('own', '--root', tree)).returncode == 0 and 'images: 442 decoded' in r.stdout, r.stderr
+    ls = (tree/'digits_train.txt').read_text()
+    (tmp_path/'my_train.txt').write_text(ls + 'train/none.jpg 0\n../x.jpg 1\n')
+    r = run('own', '--root', tree, '--lists', tmp_path)
+    assert r.returncode == 1 and 'my_train.txt:193: no file' in r.stdout and 'my_train.txt:194: the path \'../x.jpg\' leads out of the image root' in r.stdout and 'test: no list' in r.stdout
+    assert run('own').returncode == 2 and run('imagenet', '--root', tree).returncode == 2 and run('own', '--root', tmp_path/'no').returncode == 2
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_bad_image_stops_training_by_name(tree, tmp_path, workers):
+    "Missing or truncated: the error has list, line and file, also from a worker"
+    (tmp_path/'cut.jpg').write_bytes((tree/read_list(tree/'digits_train.txt').files[0]).read_bytes()[:-99])
+    for file, why in (('none.jpg', 'No such file'), ('cut.jpg', 'image file is truncated')):
+        (tmp_path/'l_train.txt').write_text(f'{file} 0\n'); (tmp_path/'l_test.txt').write_text(f'{file} 0\n')
+        train, test = load_lists(tmp_path)
+        dls = list_dls(train, test, bs=1, size=32, num_workers=workers, device='cpu')
+        with pytest.raises((OSError, ValueError), match='l_test.txt:1: ') as e: list(dls.valid)
+        assert file in str(e.value) and why in str(e.value)
+
+
+def test_samplers_and_meta(tree):
+    "Counts, resampling and the Meta Sampler work on the loaders, in workers too; no image is opened for them"
+    from fastai.learner import Learner
+    from fastai.callback.core import Callback
+    from balms.core import BalancedSoftmax
+    from balms.meta import MetaSampler
+    from balms.models import get_model
+    from balms.samplers import ClassSampler, SampledDL, resampled
+    train, test = load_lists(tree)
+    dls = list_dls(train, test, bs=40, size=32, flip=0, num_workers=2, device='cpu')
+    balanced = resampled(dls, power=0, n_batches=10)
+    assert isinstance(balanced.train, SampledDL) and balanced.train.staleness > 0
+    y = torch.cat([y.as_subclass(torch.Tensor) for _, y in balanced.train])
+    n = torch.bincount(y, minlength=10)
+    assert len(y) == 400 and (n - 40).abs().max() < 30, n
+    assert ClassSampler(train).counts.tolist() == [64, 43, 29, 20, 13, 9, 6, 4, 2, 2]
+    seen = []
+    class Spy(Callback):
+        def after_batch(self):
+            if self.training: seen.append(self.y.as_subclass(torch.Tensor).clone())
+    net = get_model('resnet8', 10)
+    learn = Learner(dls, net, loss_func=BalancedSoftmax.from_dls(dls), cbs=[ms := MetaSampler(meta_bs=20), Spy()], train_bn=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    assert ms.n_steps == len(seen) > 0 and not torch.allclose(ms.psi.r, torch.full((10,), .5))
+
+
+def test_same_views_as_in_the_workers(tree):
+    "One process or two give the same validation batches, and packing without loss changes nothing in them"
+    train, test = load_lists(tree)
+    a, b = ([x for x, _ in list_dls(train, test, bs=64, size=24, num_workers=n, device='cpu').valid] for n in (0, 2))
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def test_a_pack_is_written_whole_or_not_at_all(tree, tmp_path):
+    "Killed while it packs: no file of that name, the old one as it was"
+    code = f'''
+import sys, time, balms.image_lists as m
+train, _ = m.load_lists({str(tree)!r})
+shrink = m._shrink
+def slow(*a): print("one", flush=True); time.sleep(.05); return shrink(*a)
+m._shrink = slow
+m.pack_images(train, {str(tmp_path/"p.pack")!r}, short=32, num_workers=0)'''
+    for old in (False, True):
+        if old: before = pack_images(load_lists(tree)[1], tmp_path/'p.pack', short=32, num_workers=0).path.read_bytes()
+        p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+        p.stdout.readline(); time.sleep(.2); p.send_signal(signal.SIGKILL); p.wait()
+        assert (tmp_path/'p.pack').exists() == old
+        if old: assert (tmp_path/'p.pack').read_bytes() == before and len(PackedDataset(tmp_path/'p.pack')) == 200
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for f in set(tmp_path.iterdir()) - {tmp_path/'p.pack'}: f.unlink()                         # what SIGKILL left
+    p.stdout.readline(); time.sleep(.2); p.send_signal(signal.SIGINT); p.wait()
+    assert [f.name for f in tmp_path.iterdir()] == ['p.pack']                                   # Ctrl-C leaves nothing
+
+
+def _anonymous():
+    "Memory of this process and its children that is not a mapped file, what they share counted once, in KB"
+    def one(pid): return int(next(l for l in Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines() if l.startswith('Pss_Anon')).split()[1])
+    kids = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()
+    return one(os.getpid()) + sum(one(k) for k in kids)
+
+
+@pytest.mark.skipif(not (Path('/proc/self/smaps_rollup').exists() and 'Pss_Anon' in Path('/proc/self/smaps_rollup').read_text()), reason='memory is read from /proc')
+@pytest.mark.parametrize('packed', [False, True])
+def test_memory_does_not_grow(tree, tmp_path, packed):
+    "Eight epochs of a long list: after the first three, memory stays where it is"
+    train, test = load_lists(tree)
+    if packed: train = pack_images(train, tmp_path/'p.pack', short=32, num_workers=0)
+    train = train.subset(torch.arange(len(train)).repeat(20))
+    dl = list_dls(train, test, bs=64, size=16, num_workers=1, device='cpu').train
+    used = []
+    for _ in range(8):
+        for i, b in enumerate(dl):
+            if i == 30: used.append(_anonymous())
+    assert max(used[3:]) - used[2] < 8_000, used                                                # KB
+
+
+@pytest.mark.skipif(not (Path('/proc/self/smaps_rollup').exists() and 'Pss_Anon' in Path('/proc/self/smaps_rollup').read_text()), reason='memory is read from /proc')
+def test_workers_share_the_names(tree):
+    "A worker reads from a list of 300,000 names and does not come to own a copy of it"
+    from balms.samplers import resampled
+    train, test = load_lists(tree)
+    dls = list_dls(train.subset(torch.arange(300_000) % len(train)), test, bs=64, size=16, num_workers=1, device='cpu')
+    used = []
+    for i, _ in enumerate(resampled(dls, 1, n_batches=210).train):
+        if i in (20, 200): used.append(_anonymous())
+    assert used[1] - used[0] < 10_000, used                                                      # KB
+
+
+def test_shared_memory_is_used_again(tree):
+    "A batch that is kept does not change when later ones come, and a worker has few places for batches"
+    train, test = load_lists(tree)
+    dls = list_dls(train, test, bs=8, size=32, num_workers=2, device='cpu')
+    kept = [x for x, _ in dls.valid]
+    want = [x for x, _ in list_dls(train, test, bs=8, size=32, num_workers=0, device='cpu').valid]
+    assert len(kept) == 25 and all(torch.equal(a, b) for a, b in zip(kept, want))
+    from balms.image_lists import ImageListDL, _collate
+    held = [x for x, _ in ImageListDL(test._copy(view=lambda x: x[:, :8, :8], parcels=True), bs=8, num_workers=1, create_batch=_collate, device='cpu')]   # parcels nobody opens
+    assert all(torch.equal(torch.stack(p.parts()), torch.stack([test.image(i)[:, :8, :8] for i in range(8*j, 8*j + 8)])) for j, p in enumerate(held))
+
+
+def test_pack_in_spawned_workers(tree, tmp_path):
+    "A pack that was read from can be sent to another process: the map stays here"
+    import pickle
+    pack = pack_images(load_lists(tree)[1], tmp_path/'t.pack', short=32, num_workers=0)
+    x = pack[3][0]
+    again = pickle.loads(pickle.dumps(pack))
+    assert again._map == (None, None) and torch.equal(again[3][0], x)
+
+
+def test_formats(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    for mode in ('RGB', 'L', 'CMYK'):
+        Image.fromarray(rgb).convert(mode).save(f := io.BytesIO(), 'jpeg'); assert decode_rgb(f.getvalue()).shape == (3, 20, 30)
+    for mode in ('RGB', 'L', 'RGBA', 'P', 'LA', '1'):
+        Image.fromarray(rgb).convert(mode).save(f := io.BytesIO(), 'png'); assert decode_rgb(f.getvalue()).shape == (3, 20, 30)
+    Image.fromarray(rgb).save(f := io.BytesIO(), 'gif', save_all=True, append_images=[Image.fromarray(255 - rgb)])
+    with pytest.raises(ValueError, match='2 frames'): decode_rgb(f.getvalue())
