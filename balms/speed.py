@@ -21,17 +21,23 @@ class _Announce:
     "Stands before a learner's class during a fit: events go to those callbacks that have something to do at them"
     def __call__(self, event_name):
         for event in (event_name,) if isinstance(event_name, str) else event_name:
-            for call in self.__dict__['_fast_loop']._listeners(event): call(event)
+            if '_fast_loop' not in self.__dict__: self(event)        # it was taken off by the event before
+            else:
+                for call in self._fast_loop._listeners(event): call(event)
     def _set_device(self, b):
         device = next(self.model.parameters()).device
-        return b if all(isinstance(t, Tensor) and t.device == device for t in b) else super()._set_device(b)
-    def _with_events(self, f, event_type, ex, **kwargs):
-        try: super()._with_events(f, event_type, ex, **kwargs)
+        return b if isinstance(b, (tuple, list)) and all(isinstance(t, Tensor) and t.device == device for t in b) else super()._set_device(b)
+    def _with_events(self, f, event_type, ex, *args, **kwargs):
+        loop = self.__dict__.get('_fast_loop') if event_type == 'epoch' else None
+        if loop: loop._depth += 1
+        try: super()._with_events(f, event_type, ex, *args, **kwargs)
         except BaseException:                                        # fastai announces nothing more after an error
-            if event_type == 'epoch' and '_fast_loop' in self.__dict__: self._fast_loop._remove()
+            if loop: loop._remove()
             raise
+        finally:
+            if loop: loop._depth -= 1
     def __reduce_ex__(self, protocol):                               # a copy, or a pickle, is one of the learner's own class
-        self.__dict__['_fast_loop']._remove()
+        if '_fast_loop' in self.__dict__: self._fast_loop._remove()
         return self.__reduce_ex__(protocol)
 
 # %% ../nbs/11a_speed.ipynb #84c41a2d
@@ -40,8 +46,8 @@ class DeviceLoss(AvgSmoothLoss):
     def __init__(self,
         beta:float=.98, # Share of what was before
         room:int=1024, # Values a piece of memory
-    ): super().__init__(beta); self.room = room
-    def reset(self): self.count, self.val, self.last = 0, None, None
+    ): super().__init__(beta); self.room = room; self.reset()
+    def reset(self): self.count, self.val, self.last = 0, None, torch.tensor(float('nan'))
     def accumulate(self, learn):
         loss = learn.loss.detach().mean().float()
         if self.val is None: self.val = torch.zeros_like(loss)
@@ -51,6 +57,11 @@ class DeviceLoss(AvgSmoothLoss):
         self.count += 1
     @property
     def value(self): return self.last
+    def plain(self) -> AvgSmoothLoss:
+        "fastai's own, with what was summed up so far"
+        other = AvgSmoothLoss(self.beta)
+        other.count, other.val = self.count, torch.tensor(0.) if self.val is None else self.val.cpu()
+        return other
 
 # %% ../nbs/11a_speed.ipynb #45353da1
 class FastLoop(Callback):
@@ -58,7 +69,7 @@ class FastLoop(Callback):
     order = -100                                                     # before all who prepare something
     def __init__(self,
         every:float=.5, # Seconds between two updates of the progress bar
-    ): self.every, self._plain, self._last = every, None, 0.
+    ): self.every, self._plain, self._last, self._depth = every, None, 0., 0
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -67,23 +78,33 @@ class FastLoop(Callback):
         if learn is None: self._remove()                             # taken out of the learner, also after an error
         self.__dict__['_learn'] = learn
     def before_fit(self): self._install()
+    def after_epoch(self): self._losses()
     def after_fit(self): self._remove()
     def _install(self):
         learn, self._cbs = self.learn, None
-        if isinstance(learn, _Announce): return                      # another one is here
+        if isinstance(learn, _Announce):
+            if learn.__dict__.get('_fast_loop') is not self or self._depth: return       # another one is here, or this is a fit within a fit
+            self._remove()                                           # an error in the beginning of the last fit left it
+        if any(getattr(type(learn), m) is not getattr(Learner, m) for m in ('__call__', '_call_one')): return    # announces in a way of its own
         self._plain = type(learn)
         learn.__dict__['_fast_loop'] = self
         learn.__class__ = type(self._plain.__name__, (_Announce, self._plain), dict(__module__=self._plain.__module__, __doc__=self._plain.__doc__))
         rec = getattr(learn, 'recorder', None)
         if type(rec) is Recorder and type(rec.smooth_loss) is AvgSmoothLoss and num_distrib() < 2: rec.smooth_loss = DeviceLoss(rec.smooth_loss.beta)
 
+    def _losses(self):
+        "What the recorder keeps comes to the CPU, in one go"
+        rec = getattr(self.learn, 'recorder', None)
+        if rec is not None and getattr(rec, 'losses', None): rec.losses = list(torch.stack([l.to(rec.losses[-1].device) for l in rec.losses]).cpu())
+
     def _remove(self):
         if self._plain is None: return
+        self._losses()
         learn, self.learn.__class__ = self.learn, self._plain
         self._plain = self._cbs = self._by_event = None
         del learn.__dict__['_fast_loop']
         rec = getattr(learn, 'recorder', None)
-        if rec is not None and getattr(rec, 'losses', None): rec.losses = list(torch.stack(rec.losses).cpu())
+        if rec is not None and type(rec.smooth_loss) is DeviceLoss: rec.smooth_loss = rec.smooth_loss.plain()
 
 # %% ../nbs/11a_speed.ipynb #2a788fba
 @patch
@@ -92,7 +113,7 @@ def _listeners(self:FastLoop, event):
     cbs = self.learn.cbs.items
     if self._cbs is None or len(cbs) != len(self._cbs) or any(a is not b for a, b in zip(cbs, self._cbs)): self._cbs, self._by_event = list(cbs), {}
     if event not in self._by_event:
-        own = lambda cb: hasattr(cb, event) or type(cb).__call__ is not Callback.__call__
+        own = lambda cb: hasattr(cb, event) or event == 'after_fit' or type(cb).__call__ is not Callback.__call__     # all are switched on again after a fit
         rare = lambda cb: event == 'after_batch' and type(cb) is ProgressCallback
         self._by_event[event] = [partial(self._rarely, cb) if rare(cb) else cb for cb in self.learn.cbs.sorted('order') if own(cb)]
     return self._by_event[event]
