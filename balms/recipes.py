@@ -406,10 +406,13 @@ def _learner(recipe, train, test, counts, device, compile=False, how=None, bs=No
         learn.model.body.compile()                                    # in place: weights keep their names
         if device.type == 'cuda' and hasattr(augment, 'compile'): augment.compile(*train.images.shape[1:], dls.device)
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
-    if how.ranks.world > 1:
-        learn.recorder.smooth_loss = DeviceLoss()                     # fastai's own would be gathered from all, in every step
-        torch.manual_seed(mixed_seed(recipe.seed, how.ranks.rank))
     return learn
+
+def _apart(learn, recipe, how):
+    "Before training on several processes: random numbers of its own for each"
+    if how.ranks.world == 1: return
+    learn.recorder.smooth_loss = DeviceLoss()                         # fastai's own would be gathered from all, in every step
+    torch.manual_seed(mixed_seed(recipe.seed, how.ranks.rank))
 
 # %% ../nbs/12_recipes.ipynb #0c3fa2d3
 def _finite(learn, r, lr):
@@ -449,6 +452,7 @@ def _cut(how, method, second=False):
 def _stage1(recipe, out, train, test, counts, how, crc, **kwargs):
     "The trained `Learner` of a recipe without a second stage, and what was saved"
     learn = _learner(recipe, train, test, counts, how.device, how.compile, how, weights=recipe.weights)
+    _apart(learn, recipe, how)
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     method = METHODS[recipe.method]
     cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
@@ -469,13 +473,12 @@ def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
     method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
     learn.model.load_state_dict(how.ranks.first(lambda: torch.load(out/recipe.first.key/'model.pt', map_location='cpu', weights_only=True)['model']))
-    if how.ranks.world > 1: torch.manual_seed(recipe.seed)                # the new classifier is one
     head = find_classifier(learn.model)
     if method.scales: head = ScaledLinear(head); replace_classifier(learn.model, head)
     else: head.reset_parameters()
     cbs = [method.meta(lr=recipe.meta_lr, betas=(.9, recipe.meta_beta2), init_pow=recipe.init_pow, seed=recipe.seed, meta_bs=recipe.meta_bs and how.ranks.share(recipe.meta_bs, 'meta_bs'))] if method.meta else []
     inner = learn if not recipe.views else _on_features(learn, recipe, head, how)
-    if how.ranks.world > 1: inner.recorder.smooth_loss = DeviceLoss(); torch.manual_seed(mixed_seed(recipe.seed, how.ranks.rank))
+    _apart(inner, recipe, how)
     if inner is learn: learn.opt, cbs = _head_opt(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
