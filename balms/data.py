@@ -250,7 +250,7 @@ class ShuffledIndices:
 # %% ../nbs/04_data.ipynb #8b4ca6fc
 def mixed_seed(*numbers) -> int: # 63 bits
     "One seed of several whole numbers, unlike that of any others"
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence([*(int(n) % 2**64 for n in numbers), len(numbers) + 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 # %% ../nbs/04_data.ipynb #c997f58a
 class ArrayDL(TfmdDL):
