@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 'long_tail', 'load_digits', 'cache_dir', 'cached',
-           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'ArrayDL', 'FeatureBank', 'array_dls']
+           'load_folder', 'data_root', 'load_data', 'ShuffledIndices', 'mixed_seed', 'ArrayDL', 'FeatureBank',
+           'array_dls']
 
 # %% ../nbs/04_data.ipynb #8a757335
 import json, math, os, zlib, tempfile
@@ -223,10 +224,19 @@ def load_data(
 # %% ../nbs/04_data.ipynb #5e47c41e
 class ShuffledIndices:
     "Endless shuffled passes over `n` indices, `bs` at a time: instance-balanced sampling without replacement."
-    def __init__(self, n:int, seed:int=0): # Number of samples; seed of the order
-        self.n, self.gen, self.pos = n, torch.Generator().manual_seed(seed), n
+    def __init__(self,
+        n:int, # Number of samples
+        seed:int=0, # Of the order; the same on every rank
+        rank:int=0, # Which of `world_size` processes this is
+        world_size:int=1, # Processes that draw one batch together
+    ): self.n, self.seed, self.rank, self.world_size, self.gen, self.pos = n, seed, rank, world_size, torch.Generator().manual_seed(seed), n
     def draw(self, bs:int) -> torch.Tensor: # int64 (bs,)
-        "The next `bs` indices"
+        "The next `bs` indices of this rank"
+        return self.draw_ranks(bs)[self.rank]
+    def draw_ranks(self, bs:int) -> torch.Tensor: # int64 (world_size, bs)
+        "The next batch of every rank"
+        return self._next(bs*self.world_size).view(self.world_size, bs)
+    def _next(self, bs):
         if not self.n: raise ValueError('There are no images to draw from')
         out = []
         while bs:
@@ -236,6 +246,11 @@ class ShuffledIndices:
         return torch.cat(out)
     def state_dict(self): return dict(pos=self.pos, gen=self.gen.get_state(), perm=getattr(self, 'perm', None))
     def load_state_dict(self, s): self.pos, self.perm = s['pos'], s['perm']; self.gen.set_state(s['gen'].cpu())
+
+# %% ../nbs/04_data.ipynb #8b4ca6fc
+def mixed_seed(*numbers) -> int: # 63 bits
+    "One seed of several whole numbers, unlike that of any others"
+    return int(np.random.SeedSequence([*(int(n) % 2**64 for n in numbers), len(numbers) + 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 # %% ../nbs/04_data.ipynb #c997f58a
 class ArrayDL(TfmdDL):
@@ -255,7 +270,7 @@ class ArrayDL(TfmdDL):
         if not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(dataset)
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, device=torch.device(device or 'cpu'), **kwargs)
         if shuffle and sampler is None: sampler = ShuffledIndices(len(dataset), seed)
-        self.sampler, self.augment, self.n_batches, self.seed = sampler, augment, n_batches, seed
+        self.sampler, self.augment, self.n_batches, self.seed, self.number = sampler, augment, n_batches, seed, 0
 
     def __len__(self):
         if not self.shuffle: return super().__len__()
@@ -281,6 +296,13 @@ def _gen(self:ArrayDL):
     return self.gen
 
 @patch
+def _next_gen(self:ArrayDL):
+    "The generator for the next batch. On several ranks it begins anew each time, from numbers that are the same on all but for the rank"
+    rank, world = (getattr(self.sampler, a, d) for a, d in (('rank', 0), ('world_size', 1)))
+    if world > 1: self._gen().manual_seed(mixed_seed(self.seed, self.number, rank)); self.number += 1
+    return self._gen()
+
+@patch
 def batch(self:ArrayDL,
     idxs, # Indices (b,) or a slice
 ) -> tuple: # (TensorImage, TensorCategory), before `after_batch`
@@ -288,18 +310,18 @@ def batch(self:ArrayDL,
     ds = self.dataset.to(self.device)
     if isinstance(idxs, torch.Tensor): idxs = idxs.to(self.device, non_blocking=True)
     x, y = ds.batch(idxs)
-    if self.shuffle and self.augment is not None: x = type(x)(self.augment(x.as_subclass(torch.Tensor), self._gen()))
+    if self.shuffle and self.augment is not None: x = type(x)(self.augment(x.as_subclass(torch.Tensor), self._next_gen()))
     return x, y
 
 @patch
 def state_dict(self:ArrayDL):
     "All that decides the batches to come: the sampler's state and the generator's"
-    return dict(sampler=self.sampler.state_dict(), gen=self._gen().get_state())
+    return dict(sampler=self.sampler.state_dict(), gen=self._gen().get_state(), **(dict(number=self.number) if self.number else {}))
 
 @patch
 def load_state_dict(self:ArrayDL, s):
     "Go on from a `state_dict`"
-    self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu())
+    self.sampler.load_state_dict(s['sampler']); self._gen().set_state(s['gen'].cpu()); self.number = s.get('number', 0)
 
 @patch
 def one_batch(self:ArrayDL):

@@ -440,11 +440,16 @@ class FlipJitter(Transform):
         flip:float=.5, # Share of images that are mirrored
         jitter:float=.4, # Factors of brightness, contrast and saturation are 1 - jitter .. 1 + jitter
         seed:int=0, # Of the random numbers
-    ): self.flip, self.jitter, self.seed, self.gen = flip, jitter, seed, None
+    ): self.flip, self.jitter, self.seed, self.gen, self.part = flip, jitter, seed, None, None
+    def begin(self, seed, rank=0, world_size=1):
+        "Take the next batch for the part of `rank` in a joint batch, whose random numbers begin from `seed`"
+        self.part = seed, rank, world_size
     def encodes(self, x:TensorImage):
         x, t = x.as_subclass(torch.Tensor), type(x)
         if self.gen is None or self.gen.device != x.device: self.gen = torch.Generator(x.device).manual_seed(self.seed)
-        u = torch.rand(5, len(x), generator=self.gen, device=x.device)
+        (seed, rank, world), self.part = self.part or (None, 0, 1), None
+        if seed is not None: self.gen.manual_seed(seed)
+        u = torch.rand(5, world*len(x), generator=self.gen, device=x.device)[:, rank*len(x):(rank + 1)*len(x)]
         x = torch.where((u[0] < self.flip)[:, None, None, None], x.flip(-1), x)
         if self.jitter:
             f, order = 1 + self.jitter*(2*u[1:4] - 1), (u[4]*6).long()

@@ -6,8 +6,10 @@
 __all__ = ['sampling_rates', 'progressive_rates', 'ClassSampler', 'SampledDL', 'resampled', 'ProgressiveSampling']
 
 # %% ../nbs/07_samplers.ipynb #86512f85
-import math, torch
+import math, random, torch
+import numpy as np
 from collections import deque
+from contextlib import contextmanager
 from copy import copy
 from itertools import islice
 from torch import Tensor
@@ -17,7 +19,7 @@ from fastai.data.core import TfmdDL, DataLoaders
 from fastai.torch_core import set_seed, to_device
 from fastcore.basics import patch
 from .core import class_counts, _few, _labels, _positive
-from .data import ArrayDL
+from .data import ArrayDL, mixed_seed
 
 # %% ../nbs/07_samplers.ipynb #3ec973a4
 def _nonnegative(v, name):
@@ -69,7 +71,7 @@ class ClassSampler(Sampler):
         self._order = y.argsort(stable=True).to(self.device)                             # images, class by class
         self._n, self._start = self.counts.to(self.device), (self.counts.cumsum(0) - self.counts).to(self.device)
         self.num_samples = len(y)//world_size if num_samples is None else num_samples
-        self.gen = torch.Generator(self.device).manual_seed(seed)
+        self.seed, self.gen = seed, torch.Generator(self.device).manual_seed(seed)
         self.set_rates(self.counts if rates is None else rates, check=True)
         self._restart()
 
@@ -182,9 +184,10 @@ class SampledDL(TfmdDL):
         sampler=None, # Object with `draw(bs)` and a `state_dict`, such as `ClassSampler`; without one, an ordinary `TfmdDL`
         n_batches:int=None, # Batches an epoch; default: as many as without a sampler, shared out between the ranks
         prefetch_factor:int=2, # Batches that each worker has under way
+        seed:int=None, # Of random transforms: then they depend on nothing else but the number of the batch and the item's place in it; None: as PyTorch seeds its workers
         **kwargs
     ):
-        self.sampler, self.n_batches, self.prefetch_factor, self._ahead, self._todo = sampler, n_batches, prefetch_factor, deque(), deque()
+        self.sampler, self.n_batches, self.prefetch_factor, self.seed, self._ahead, self._todo, self._used = sampler, n_batches, prefetch_factor, seed, deque(), deque(), 0
         self._rank, self._world = getattr(sampler, 'rank', 0), getattr(sampler, 'world_size', 1)
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
         if self._sampled and (self.bs is None or not self.indexed): raise ValueError('SampledDL needs a batch size, and a data set that is read by index')
@@ -195,18 +198,36 @@ class SampledDL(TfmdDL):
     def staleness(self) -> int: # Batches
         "After the rates change, how many batches that were drawn before are still to come, at most"
         return self.fake_l.num_workers*self.prefetch_factor if self._sampled else 0
-    def __len__(self): return (self.n_batches or max(1, round(super().__len__()/self._world))) if self._sampled else super().__len__()
+    def __len__(self):
+        if not self._sampled: return super().__len__()
+        return max(1, round(super().__len__()/self._world)) if self.n_batches is None else self.n_batches
 
 # %% ../nbs/07_samplers.ipynb #6174eeb4
 @patch
-def _make(self:SampledDL, idxs):
-    "The batch of these items"
-    return self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
+def _make(self:SampledDL, idxs, number=None):
+    "The batch of these items; with a seed and the number of the batch, each item has random numbers of its own"
+    if self.seed is None or number is None: return self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
+    with _kept_random():
+        def item(j, i): _seed_all(self._seed_of(number, self._rank*self.bs + j)); return self.do_item(i)
+        return self.do_batch([o for o in map(item, range(len(idxs)), idxs) if o is not None])
+
+@patch
+def _seed_of(self:SampledDL, *where): return mixed_seed(self.seed, getattr(self.sampler, 'seed', 0), *where)
+
+def _seed_all(seed): torch.default_generator.manual_seed(seed); random.seed(seed); np.random.seed(seed % 2**32)
+
+@contextmanager
+def _kept_random():
+    "Leave the random numbers of this process as they were; in a worker nobody else has need of them"
+    kept = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
+    try: yield
+    finally:
+        if kept: torch.set_rng_state(kept[0]); random.setstate(kept[1]); np.random.set_state(kept[2])
 
 class _Items(Dataset):
     "What a worker works on"
     def __init__(self, d): self.d = d
-    def __getitems__(self, idxs): return self.d._make(idxs)
+    def __getitems__(self, b): return self.d._make(*b)
 
 def _as_is(b): return b
 def _start_worker(_):
@@ -216,7 +237,7 @@ def _start_worker(_):
 
 @patch
 def _loader(self:SampledDL, batches):
-    "PyTorch's loader over an iterator of lists of indices"
+    "PyTorch's loader over an iterator of (list of indices, number of the batch)"
     n = self.fake_l.num_workers
     return TorchLoader(_Items(self), batch_sampler=batches, num_workers=n, collate_fn=_as_is, pin_memory=self.pin_memory, timeout=self.timeout,
                        worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None)
@@ -228,8 +249,11 @@ def _draw(self:SampledDL) -> Tensor: # (world_size, bs)
     return self.sampler.draw_ranks(self.bs) if hasattr(self.sampler, 'draw_ranks') else self.sampler.draw(self.bs)[None]
 
 @patch
-def _finish(self:SampledDL, b):
+def _finish(self:SampledDL, b, number=None):
     "A batch from a worker, on the device and through `after_batch`"
+    if self.seed is not None and number is not None:
+        for t in getattr(self.after_batch, 'fs', ()):
+            if hasattr(t, 'begin'): t.begin(self._seed_of(number), self._rank, self._world)
     if self.pin_memory and type(b) == list: b = tuple(b)                    # pinning makes lists of tuples
     return self.after_batch(b if self.device is None else to_device(b, self.device))
 
@@ -245,11 +269,11 @@ def __iter__(self:SampledDL):
         for _ in range(len(self)):
             if issued == len(ahead): ahead.append(self._draw())
             issued += 1
-            yield ahead[issued - 1][self._rank].tolist()
+            yield ahead[issued - 1][self._rank].tolist(), self._used + issued - 1
     try:
         for b in self._loader(batches()):
-            ahead.popleft(); issued -= 1                                    # from here on it is used
-            yield self._finish(b)
+            ahead.popleft(); issued -= 1; self._used += 1                   # from here on it is used
+            yield self._finish(b, self._used - 1)
         self.after_iter()
     finally:
         if self._ahead is ahead: self._ahead = outer; self._todo.extend(ahead)   # broken off: what was not used comes first next time
@@ -259,7 +283,7 @@ def __iter__(self:SampledDL):
 def state_dict(self:SampledDL) -> dict: # Tensors and whole numbers, the same on every rank
     "All that decides which items come next: the sampler's state, and the batches it has drawn that were not used"
     ahead = [b.cpu() for b in (*self._ahead, *self._todo)]
-    return dict(sampler=self.sampler.state_dict(), ahead=torch.stack(ahead) if ahead else torch.zeros(0, self._world, self.bs, dtype=torch.long))
+    return dict(sampler=self.sampler.state_dict(), used=self._used, ahead=torch.stack(ahead) if ahead else torch.zeros(0, self._world, self.bs, dtype=torch.long))
 
 @patch
 def load_state_dict(self:SampledDL, s:dict): # From `state_dict`
@@ -267,7 +291,7 @@ def load_state_dict(self:SampledDL, s:dict): # From `state_dict`
     n, world, bs = s['ahead'].shape
     if n and (world, bs) != (self._world, self.bs): raise ValueError(f'The saved loader has batches of {bs} under way for {world} ranks; this one has batches of {self.bs} for {self._world}')
     self.sampler.load_state_dict(s['sampler'])
-    self._ahead, self._todo = deque(), deque(s['ahead'])
+    self._ahead, self._todo, self._used = deque(), deque(s['ahead']), s.get('used', 0)
 
 @patch
 def get_idxs(self:SampledDL) -> list: # Whole numbers
@@ -290,7 +314,7 @@ def one_batch(self:SampledDL):
 @patch
 def new(self:SampledDL, dataset=None, cls=None, **kwargs):
     "A loader like this one; with another data set, one without the sampler"
-    same = dict(prefetch_factor=self.prefetch_factor) if issubclass(cls or type(self), SampledDL) else {}
+    same = dict(prefetch_factor=self.prefetch_factor, seed=self.seed) if issubclass(cls or type(self), SampledDL) else {}
     if same and dataset is None: same.update(sampler=self.sampler, n_batches=self.n_batches)
     return TfmdDL.new(self, dataset, cls, **{**same, **kwargs})
 
@@ -310,7 +334,8 @@ def from_dl(cls:SampledDL,
 ) -> SampledDL:
     "A loader as `dl`, transforms, workers, batch size and device, whose batches `sampler` draws. Raises `ValueError` for a loader whose batches cannot be drawn."
     _can_draw(dl)
-    same = dict(prefetch_factor=dl.prefetch_factor) if isinstance(dl, SampledDL) else {}
+    same = dict(prefetch_factor=dl.prefetch_factor, seed=dl.seed) if isinstance(dl, SampledDL) else {}
+    if n_batches is None and isinstance(dl, SampledDL): n_batches = dl.n_batches
     return TfmdDL.new(dl, cls=cls, **{**same, **dict(shuffle=True, sampler=sampler, n_batches=n_batches), **kwargs})
 
 # %% ../nbs/07_samplers.ipynb #765760db

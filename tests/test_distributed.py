@@ -1,0 +1,134 @@
+"Runs of two processes on CPU: the weights of one process, the same rates on both, killed and resumed, and what happens when one of them ends."
+import os, signal, socket, subprocess, sys, time
+import pytest, torch
+from balms.image_lists import sample_tree
+from balms.recipes import Recipe, read_ledger, run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch without torch.distributed')
+NET = '''
+import os, sys, torch, balms.models as models, balms.recipes as m
+from collections import OrderedDict
+from torch import nn
+def plain(k, in_channels=3):
+    "A network without batch normalisation"
+    return nn.Sequential(OrderedDict(body=nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()), fc=nn.Linear(32, k)))
+models.MODELS['plain'] = plain
+'''
+exec(NET)
+LIST = dict(model='plain', size=24, bs=16, iters=8, threads=1)
+DIGITS = dict(model='plain', bs=32, iters=12, augment='none')
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory): return sample_tree(tmp_path_factory.mktemp('lists')/'digits', n_max=32, imbalance=16)
+
+
+def start(world, code):
+    "Processes that run `code`, as torchrun would start them"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(world)}
+    return [subprocess.Popen([sys.executable, '-c', NET + code], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(world)]
+
+
+def call(world, code):
+    ps = start(world, code)
+    outs = [p.communicate(timeout=200) for p in ps]
+    return [(p.returncode, *o) for p, o in zip(ps, outs)]
+
+
+def runs(recipes, out, **kw): return f'''
+for r in {[r.row for r in recipes]!r}: print(m.run(m.Recipe(**r), {str(out)!r}, device='cpu', workers=1, **{kw!r})['nll'])'''
+
+
+def both(recipes, out, **kw):
+    "Run on two processes; both must say the same"
+    (c0, o0, e0), (c1, o1, e1) = call(2, runs(recipes, out, **kw))
+    assert c0 == c1 == 0, e0 + e1
+    assert o0 == o1
+
+
+def model(out, r): return torch.load(out/r.key/'model.pt', weights_only=True)
+
+
+def close(a, b, r):
+    x, y = model(a, r), model(b, r)
+    for k in x['model']: torch.testing.assert_close(x['model'][k], y['model'][k], rtol=1e-3, atol=1e-4)
+    if x['r']: torch.testing.assert_close(torch.tensor(x['r']), torch.tensor(y['r']), rtol=1e-3, atol=1e-4)
+    (p,), (q,) = ([row for row in read_ledger(d/'ledger.jsonl') if row['key'] == r.key] for d in (a, b))
+    assert abs(p['nll'] - q['nll']) < 1e-3 and p['counts'] == q['counts'] and 'processes' not in p and q['processes'] == 2
+
+
+def test_two_processes_are_one(tree, tmp_path):
+    "Lists with windows and jitter in workers, and images in memory: the weights, rates and scores of one process; also for weighted losses, and in pieces"
+    recipes = [Recipe(tree, method=m, augment='window', **LIST, **({'iters2': 8} if m in ('balms', 'bs_dt_mr', 'lws') else {})) for m in ('cbw', 'balms', 'bs_dt_mr', 'lws', 'cbs')]
+    recipes += [Recipe(method=m, **DIGITS, **({'iters2': 10} if m == 'balms' else {})) for m in ('cbw', 'balms')]
+    for r in recipes: run(r, tmp_path/'one', device='cpu', workers=1)
+    both(recipes, tmp_path/'two')
+    for r in recipes: close(tmp_path/'one', tmp_path/'two', r)
+    assert len(read_ledger(tmp_path/'two'/'ledger.jsonl')) == len(recipes)           # one of them writes
+    both(recipes[:2], tmp_path/'pieces', micro_bs=3)
+    for r in recipes[:2]: close(tmp_path/'one', tmp_path/'pieces', r)
+
+
+@pytest.mark.parametrize('data', ['lists', 'digits'])
+def test_killed_and_resumed(tree, tmp_path, data):
+    "Both processes killed in stage 2, with batch normalisation and augmentation; resumed, bit for bit"
+    kw = dict(model='resnet8', size=24, bs=16, iters=6, iters2=8, augment='window', threads=1) if data == 'lists' else dict(bs=32, iters=6, iters2=8)
+    r = Recipe(tree if data == 'lists' else 'digits', method='balms', **kw)
+    both([r], tmp_path/'a')
+    kill = '''
+import signal
+write = m.Checkpoint._write
+def _write(self, state):
+    write(self, state)
+    if 'balms' in str(self.path) and self.step == 4: self.ranks.agree(True); os.kill(os.getpid(), signal.SIGKILL)
+m.Checkpoint._write = _write'''
+    assert [c for c, _, _ in call(2, kill + runs([r], tmp_path/'b', every=0))] == [-signal.SIGKILL]*2
+    assert torch.load(tmp_path/'b'/r.key/'checkpoint.pt', weights_only=True)['step'] == 4
+    with pytest.raises(ValueError, match='was saved by 2 processes, and these are 1'): run(r, tmp_path/'b', device='cpu')
+    both([r], tmp_path/'b')
+    a, b = model(tmp_path/'a', r), model(tmp_path/'b', r)
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model']) and a['r'] == b['r']
+    assert read_ledger(tmp_path/'a'/'ledger.jsonl')[-1]['nll'] == read_ledger(tmp_path/'b'/'ledger.jsonl')[-1]['nll']
+
+
+def test_one_that_is_killed_ends_the_other(tmp_path):
+    "Within a minute, with a message that says what happened"
+    kill = '''
+import signal
+agree = m.Ranks.agree
+def _agree(self, *flags):
+    self.n = getattr(self, 'n', 0) + 1
+    if self.rank == 1 and self.n == 5: os.kill(os.getpid(), signal.SIGKILL)
+    return agree(self, *flags)
+m.Ranks.agree = _agree'''
+    began = time.monotonic()
+    (c0, _, e0), (c1, _, _) = call(2, kill + runs([Recipe(method='bs', **DIGITS)], tmp_path))
+    assert c1 == -signal.SIGKILL and c0 == 1 and 'lost the others: one has ended' in e0 and time.monotonic() - began < 60, e0
+
+
+def test_an_error_in_one_ends_the_other(tree, tmp_path):
+    "An image that only the second process reads"
+    code = '''
+import balms.image_lists as il
+image = il.ImageListDataset.image
+def broken(self, i):
+    if os.environ['RANK'] == '1': raise ValueError('a damaged image')
+    return image(self, i)
+il.ImageListDataset.image = broken'''
+    (c0, _, e0), (c1, _, e1) = call(2, code + runs([Recipe(tree, method='bs', **LIST)], tmp_path))
+    assert c0 == c1 == 1 and 'a damaged image' in e1 and 'lost the others' in e0, e0
+
+
+def test_errors_of_all(tree, tmp_path):
+    "What cannot be is said by each, and nobody waits"
+    for (r, kw), what in (((Recipe(method='bs', **{**DIGITS, 'bs': 33}), {}), 'bs=33 cannot be shared out between 2 processes'), ((Recipe(method='bs', **DIGITS), dict(sync_bn=True)), 'sync_bn needs a CUDA device')):
+        for c, _, e in call(2, runs([r], tmp_path, **kw)): assert c == 1 and what in e, e
+
+
+def test_command(tmp_path):
+    "One line starts it: one table, from the first process; a stopped run goes on"
+    line = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', '-m', 'balms.cli', 'train', '--method', 'bs', '--seeds', '1', '--iters', '20', '--device', 'cpu']
+    r = subprocess.run(line, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}, capture_output=True, text=True, timeout=200)
+    assert r.returncode == 0 and r.stdout.count('Balanced Softmax') == 1 and r.stdout.count('[1/1]') == 1, r.stderr
+    assert read_ledger(tmp_path/'runs'/'ledger.jsonl')[0]['processes'] == 2
