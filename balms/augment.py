@@ -310,6 +310,8 @@ class AutoAugment(_Policy):
         self.policy = policy
         self.subs = POLICIES[policy] if isinstance(policy, str) else policy
         self._p = {}
+        for sub in self.subs:
+            if len(sub) != 2 or any(o not in _code or not 0 <= p <= 1 or level not in range(10) for o, p, level in sub): raise ValueError(f'A sub-policy is two operations, each (name in OPS, probability 0..1, level 0..9), not {sub!r}')
     def _args(self): return dict(policy=self.policy)
     def _pairs(self, h, w): # entry 0 does nothing; then for each sub-policy: the first operation with - and +, the second with - and +
         ms = [(o, float(magnitudes(o, 10, (h, w))[level])) for sub in self.subs for o, _, level in sub]

@@ -34,6 +34,9 @@ class Study:
         listed, self.root, self.lists = data in LIST_FACTS, root, lists
         if listed: self.root = Path(root or data_root()/data).expanduser()
         there = not listed or any((Path(lists or self.root)/f'{LIST_FACTS[data].prefix}_train.txt{gz}').exists() for gz in ('', '.gz'))
+        if not listed and torch.cuda.is_available() and scale is None and 'BALMS_SCALE' not in os.environ:
+            try: load_data(data, root)                               # downloads it, if it can be had
+            except OSError as e: there, _ = False, print(f'{data} is not here: {e}')
         scale = scale or os.environ.get('BALMS_SCALE') or ('full' if torch.cuda.is_available() and there else 'small')
         if scale not in ('full', 'small'): raise ValueError(f"scale (or $BALMS_SCALE) must be 'full' or 'small', not {scale!r}")
         self.full, small = scale == 'full', dict(dict(imbalances=(50, 20, 5)), **small)
@@ -55,8 +58,9 @@ class Study:
 @patch
 def recipe(self:Study, method, imbalance, seed=0) -> Recipe:
     "The recipe of one run"
-    two = METHODS[method].two_stages
-    return Recipe(self.data, imbalance, method, self.preset, seed, **{k: v for k, v in self.changes.items() if two or k not in ('iters2', 'lr2', 'views', 'bn_drift', 'meta_lr', 'meta_beta2', 'init_pow')})
+    m, rates, second = METHODS[method], ('meta_lr', 'meta_beta2', 'init_pow', 'meta_bs'), ('iters2', 'lr2', 'bs2', 'views', 'bn_drift')
+    unused = () if m.two_stages and m.meta else rates if m.two_stages else (*rates, *second)
+    return Recipe(self.data, imbalance, method, self.preset, seed, **{k: v for k, v in self.changes.items() if k not in unused})
 
 @patch
 def run(self:Study,
@@ -74,9 +78,7 @@ def show(self:Study, rows):
     "Say what these runs are, and print their table"
     print(f'{self.note}\n\n{format_table(rows)}')
 
-# %% ../nbs/12a_studies.ipynb #07c322b3
-_T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # Student's t, two-sided 95 %, by degrees of freedom
-
+# %% ../nbs/12a_studies.ipynb #7dea8ab4
 def compare(
     rows:list, # Rows of a ledger
     a:str, # A method
@@ -84,16 +86,19 @@ def compare(
     score:str='overall', # 'overall', 'many', 'medium', 'few' or 'ece'
     **where # What the rows must have in their recipe, such as data='cifar10', imbalance=100, preset='small'
 ) -> dict: # mean and se of a - b in points, n seeds, verdict: 'higher', 'lower' or 'cannot tell'
-    "The difference of two methods, paired by seed. Raises `ValueError` if no seed has both."
-    rows = [r for r in rows if not r['changed'] and all(r['recipe'][k] == v for k, v in where.items())]
-    by = {m: {r['recipe']['seed']: r[score] for r in rows if r['recipe']['method'] == m} for m in (a, b)}
+    "The difference of two methods, paired by seed. Raises `ValueError` if no seed has both, or if a method has several rows of one."
+    from scipy.stats import t                                         # scikit-learn brings it along
+    rows = [r for r in {r['key']: r for r in rows}.values() if not r['changed'] and all(r['recipe'][k] == v for k, v in where.items()) and r[score] is not None]
+    by = {m: [r for r in rows if r['recipe']['method'] == m] for m in (a, b)}
+    by = {m: {r['recipe']['seed']: r[score] for r in rs} if len({r['recipe']['seed'] for r in rs}) == len(rs) else None for m, rs in by.items()}
+    if None in by.values(): raise ValueError(f'Several rows of one method and seed with {where}: say which data, imbalance and preset')
     both = sorted(by[a].keys() & by[b].keys())
     if not both: raise ValueError(f'No seed has both {a} and {b} with {where}')
     mean, se = mean_se([by[a][s] - by[b][s] for s in both])
-    t = _T95.get(len(both) - 1, 1.96 if len(both) > 1 else math.inf)
-    return dict(mean=mean, se=se, n=len(both), verdict='cannot tell' if math.isnan(se) or abs(mean) <= t*se else 'higher' if mean > 0 else 'lower')
+    sure = len(both) > 1 and abs(mean) > t.ppf(.975, len(both) - 1)*se
+    return dict(mean=mean, se=se, n=len(both), verdict=('higher' if mean > 0 else 'lower') if sure else 'cannot tell')
 
-# %% ../nbs/12a_studies.ipynb #4b115d3b
+# %% ../nbs/12a_studies.ipynb #33d7d295
 def plot_methods(
     rows:list, # Rows of a ledger with one data set, imbalance and preset
     scores=('overall', 'many', 'medium', 'few'), # One column of dots each
@@ -103,7 +108,7 @@ def plot_methods(
     groups = summary(rows)
     if len(groups) != 1: raise ValueError(f'One data set, imbalance and preset a figure; got {list(groups)}')
     ((group, ms),) = groups.items()
-    order = sorted(ms, key=lambda m: ms[m]['overall'][0])
+    order, ns = sorted(ms, key=lambda m: ms[m]['overall'][0]), [s['n'] for s in ms.values()]
     fig, ax = plt.subplots(figsize=(7, 1 + .21*len(order)), dpi=110)
     for i, s in enumerate(scores):
         v = [ms[m][s] for m in order]
@@ -111,9 +116,9 @@ def plot_methods(
         ax.errorbar([x for x, _ in v], range(len(order)), xerr=[0 if math.isnan(e) else e for _, e in v], fmt=MARKERS[i], color=[*COLORS[6:], *COLORS][i], ms=6 if s == 'overall' else 4, label=s)
     _axis(ax, '', xlabel='accuracy in %', yticks=range(len(order)), yticklabels=[METHODS[m].title if m in METHODS else m for m in order])
     ax.grid(axis='y', lw=.4); ax.legend(frameon=False, fontsize=8, ncol=4, loc='lower left', bbox_to_anchor=(0, 1))
-    return _finish(fig, _title(*group) + f', {max(ms[m]["n"] for m in order)} seeds', path)
+    return _finish(fig, _title(*group) + f', {" to ".join(map(str, sorted({min(ns), max(ns)})))} seeds', path)
 
-# %% ../nbs/12a_studies.ipynb #2deb1bd8
+# %% ../nbs/12a_studies.ipynb #d8677ce1
 def plot_imbalances(
     rows:list, # Rows of a ledger with one data set and preset
     methods=('softmax', 'eql', 'bs'), # One picture each
@@ -133,7 +138,7 @@ def plot_imbalances(
     r = rows[0]
     return _finish(fig, f'{Path(r["recipe"]["data"]).name}, preset {r["recipe"]["preset"]}' + ''.join(f', {k}={v}' for k, v in r['changed'].items()), path)
 
-# %% ../nbs/12a_studies.ipynb #be4a2c12
+# %% ../nbs/12a_studies.ipynb #7dcc2700
 @patch
 def features(self:Study,
     method:str, # A method of one stage that was run
@@ -143,6 +148,7 @@ def features(self:Study,
 ) -> tuple: # (features (n, d), labels (n,)) of the test set, on the CPU
     "Features of the test images under a trained network"
     recipe, device = self.recipe(method, imbalance, seed), torch.device(device or default_device())
+    if self.said in LIST_FACTS: raise ValueError('features are for data sets in memory, not for images in lists')
     train, test = load_data(recipe.data, self.root)
     train = long_tail(train, recipe.imbalance, recipe.split_seed)
     learn = _learner(recipe, train, test, class_counts(train), device)
@@ -170,15 +176,16 @@ def plot_features(self:Study,
         for j in y.unique().tolist(): ax.scatter(*xy[y == j].T, s=22, marker=f'${j % 10}$', color=COLORS[j % 7], lw=.3)
     return _finish(fig, _title(self.data, imbalance, self.preset) + ': features of the test images; common classes have low numbers', None)
 
-# %% ../nbs/12a_studies.ipynb #19f32c2d
-def _anchor(data, imbalance, preset, method): return f'run-{Path(data).name}-{imbalance:g}-{preset}-{method.replace("_", "-")}'
+# %% ../nbs/12a_studies.ipynb #c2588922
+def _anchor(table, data, imbalance, preset, method): return f'table{table}-{Path(data).name}-{imbalance:g}-{preset}-{method.replace("_", "-")}'
 
-def _source(rows):
+def _source(rows, table):
     "One entry of a list of sources: the runs of one cell"
+    rows = list({r['key']: r for r in rows}.values())
     r, seeds = rows[0], sorted(r['recipe']['seed'] for r in rows)
     p, of = r['recipe'], lambda k: ', '.join(sorted({str(r.get(k)) for r in rows}))
-    command = f'balms_train --data {p["data"]} --imbalance {p["imbalance"]} --preset {p["preset"]} --method {p["method"]} --seeds {len(seeds)}'
-    anchor = _anchor(p['data'], p['imbalance'], p['preset'], p['method'])
+    command = f'balms_train --data {p["data"]} --imbalance {p["imbalance"]} --preset {p["preset"]} --method {p["method"]} --seeds {max(seeds) + 1}'
+    anchor = _anchor(table, p['data'], p['imbalance'], p['preset'], p['method'])
     return f'- <a id="{anchor}"></a>**{METHODS[p["method"]].title}**, {p["data"]}, imbalance {p["imbalance"]}: seeds {", ".join(map(str, seeds))}; {p["model"]}, {p["iters"]}' + (f' + {p["iters2"]}' if p.get('iters2') else '') + f' steps of {p["bs"]}; commit {of("commit")}; torch {of("torch")} on {of("device")}; `{command}`'
 
 def linked_table(
@@ -194,15 +201,15 @@ def linked_table(
     def cell(c, m):
         s = stats.get((*c, preset), {}).get(m)
         if s: used.append((c, m))
-        text = f'[{_cell(*s["overall"])}](#{_anchor(*c, preset, m)}) ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
+        text = f'[{_cell(*s["overall"])}](#{_anchor(table, *c, preset, m)}) ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
         return f'{text} / {_cell(*paper[c].get(m, (math.nan, math.nan)))}' if beside and c in paper else text
     columns = list(paper) if columns is None else columns
     lines = ['| method | ' + ' | '.join(f'{d}, {i:g}' for d, i in columns) + ' |', '|:---|' + '---:|'*len(columns)]
     lines += [f'| {METHODS[m].title if m in METHODS else m} | ' + ' | '.join(cell(c, m) for c in columns) + ' |' for m in methods]
-    sources = [_source([r for r in kept if (r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['method']) == (*c, m)]) for c in columns for m in methods if (c, m) in used]
+    sources = [_source([r for r in kept if (r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['method']) == (*c, m)], table) for c in columns for m in methods if (c, m) in used]
     return '\n'.join(lines), '\n'.join(sources)
 
-# %% ../nbs/12a_studies.ipynb #d2a76855
+# %% ../nbs/12a_studies.ipynb #51e48399
 TABLE3 = dict( # Ren et al. 2020, Table 3: many, medium, few, overall; nan where the paper has none
     imagenet_lt={'Lifted Loss': (35.8, 30.4, 17.9, 30.8), 'focal': (36.4, 29.9, 16.0, 30.5), 'Range Loss': (35.8, 30.3, 17.6, 30.7), 'OLTR': (43.2, 35.1, 18.5, 35.6),
                  'eql': (*[math.nan]*3, 36.4), 'crt': (*[math.nan]*3, 41.8), 'lws': (*[math.nan]*3, 41.4), 'balms': (50.3, 39.5, 25.3, 41.8)},
@@ -214,7 +221,7 @@ def shot_table(
     data:str, # 'imagenet_lt' or 'places_lt'
     preset:str='paper', # Whose runs
 ) -> str: # Markdown
-    "Table 3 of the paper for one data set: ours (number of seeds) / the paper's, by shots. Rows that the paper lacks have no number after the slash."
+    "Table 3 of the paper for one data set: ours (number of seeds) / the paper's, by shots. Rows that the paper lacks have a dash after the slash."
     if data not in TABLE3: raise ValueError(f'Table 3 has {" and ".join(TABLE3)}, not {data!r}')
     ours, paper = summary([r for r in rows if not r['changed']]).get((data, None, preset), {}), TABLE3[data]
     def cell(m, i, k):

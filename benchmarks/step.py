@@ -3,10 +3,10 @@
     python benchmarks/step.py [--threads 2] [--device cpu] [--seconds 60] [--bs 512] [--model resnet32] [--side 32] [--precision float32] [--compile] [--recipe]
     python benchmarks/step.py --device cuda --model resnet10 --side 224 --precision bfloat16      # a step of ImageNet-LT
 
-Sides, all with the loader and the augmentation of the package, the same network, loss and values of the optimiser's settings:
+Sides, all with the loader and the augmentation of the package, the same network and loss:
     by hand            a loop of six lines, torch's SGD
     Learner, FastLoop  what `balms.recipes.run` trains with
-    Learner            as it comes: fastai's SGD and recorder, no `FastLoop`
+    Learner            as it comes: fastai's SGD, with momentum, and recorder, no `FastLoop`
 They run in turns, so that whatever else the machine does falls on each; a ratio is the median over turns of the ratio within a turn.
 A loop without a network follows, where the cost of the loop itself shows, and two ways to get batches without loader workers.
 
@@ -181,6 +181,7 @@ def main():
     p.add_argument('--compile', action='store_true'); p.add_argument('--recipe', action='store_true')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # in float32, floor and step alike
     cuda, ok = a.device != 'cpu', True
     print(f'torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else "cpu"}, {a.threads} threads, {a.model}, batches of {a.bs} images of {a.side} pixels, {a.precision}{", compiled" if a.compile else ""}')
 

@@ -30,7 +30,7 @@ def test_full_study(root, tmp_path):
     assert s.note.startswith('Full runs: cifar10, preset paper') and 'iters=3' in s.note
     f, y = s.features('bs', 200, device='cpu')
     assert f.shape == (20, 64) and y.tolist() == [j for j in range(10) for _ in range(2)]
-    assert 'missing' in linked_table(rows, 5)[0] and '#run-' not in linked_table(rows, 5)[0]     # changed recipes are no cells of a table
+    assert 'missing' in linked_table(rows, 5)[0] and '](#' not in linked_table(rows, 5)[0]     # changed recipes are no cells of a table
     with pytest.raises(ValueError, match='No seed has both'): compare(rows, 'bs', 'softmax')
 
 
@@ -42,11 +42,13 @@ def test_scale_of_the_environment(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='torch.compile needs a C++ compiler')
-def test_compiled_run_is_the_same_recipe(tmp_path):
+def test_compiled_run_is_the_same_recipe(tmp_path, monkeypatch):
     "The same key, the same weights to rounding, and the second stage on a compiled body"
-    r = Recipe(iters=25, iters2=10, method='balms', threads=1)
+    r, used, compile = Recipe(iters=25, iters2=10, method='balms', threads=1), [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, *args, **kw: (used.append(self), compile(self, *args, **kw))[1])
     plain, fast = run(r, tmp_path/'a', device='cpu'), run(r, tmp_path/'b', device='cpu', compile=True)
     assert plain['key'] == fast['key'] and (plain['compile'], fast['compile']) == (False, True)
+    assert len(used) == 2 and all(m._compiled_call_impl is not None for m in used)            # the body, in both stages
     assert abs(plain['nll'] - fast['nll']) < .05
     a, b = (torch.load(tmp_path/d/r.first.key/'model.pt', weights_only=True)['model'] for d in 'ab')
     assert list(a) == list(b) and all(torch.allclose(a[k].float(), b[k].float(), atol=.02) for k in a)

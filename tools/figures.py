@@ -4,13 +4,12 @@ import matplotlib
 matplotlib.use('Agg')
 from balms.recipes import plot_rates, plot_runs, read_ledger
 
+RUNS, RATES = ('softmax', 'bs'), ('bs_dt', 'bs_cbs_dt', 'dt_ms', 'balms')
+FIGURES = {'digits_small': (plot_runs, 'digits', 50, RUNS), 'cifar10_small': (plot_runs, 'cifar10', 100, RUNS), 'cifar100_small': (plot_runs, 'cifar100', 100, RUNS),
+           'digits_small_rates': (plot_rates, 'digits', 50, RATES), 'cifar10_small_rates': (plot_rates, 'cifar10', 100, RATES), 'cifar100_small_rates': (plot_rates, 'cifar100', 200, RATES)}
+
 nbs = Path(__file__).resolve().parent.parent/'nbs'
 rows = read_ledger(nbs/'results'/'ledger.jsonl')
-for data, preset in sorted({(r['recipe']['data'], r['recipe']['preset']) for r in rows}):
-    own = [r for r in rows if (r['recipe']['data'], r['recipe']['preset']) == (data, preset)]
-    kinds = {'': (plot_runs, [r for r in own if r['recipe']['method'] in ('softmax', 'bs')]), '_rates': (plot_rates, [r for r in own if r['recipe']['method'] in ('bs_dt', 'bs_cbs_dt', 'dt_ms', 'balms')])}
-    for kind, (plot, some) in kinds.items():
-        if not some or kind and not any('r' in r for r in some): continue
-        path = nbs/'images'/f'{data}_{preset}{kind}.png'
-        plot(some, path)
-        print(path.relative_to(nbs.parent))
+for name, (plot, data, imbalance, methods) in FIGURES.items():
+    plot([r for r in rows if (r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']) == (data, imbalance, 'small') and r['recipe']['method'] in methods], nbs/'images'/f'{name}.png')
+    print(f'nbs/images/{name}.png')
