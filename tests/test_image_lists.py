@@ -138,27 +138,45 @@ def _anonymous():
 @pytest.mark.parametrize('packed', [False, True])
 def test_memory_does_not_grow(tree, tmp_path, packed):
     "Eight epochs of a long list: after the first three, memory stays where it is"
+    used = _alone('_epochs', tree, tmp_path/'p.pack' if packed else '')
+    assert max(used[3:]) - used[2] < 8_000, used                                                # KB
+
+
+def _alone(name, *args):
+    "The numbers that a function of this file returns in a process of its own: what other tests left in memory would be copied into workers"
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_image_lists as t; print(*t.{name}(*sys.argv[1:]))'
+    r = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr
+    return [int(x) for x in r.stdout.split()]
+
+
+def _epochs(tree, pack):
     train, test = load_lists(tree)
-    if packed: train = pack_images(train, tmp_path/'p.pack', short=32, num_workers=0)
+    if pack: train = pack_images(train, pack, short=32, num_workers=0)
     train = train.subset(torch.arange(len(train)).repeat(20))
     dl = list_dls(train, test, bs=64, size=16, num_workers=1, device='cpu').train
     used = []
     for _ in range(8):
         for i, b in enumerate(dl):
             if i == 30: used.append(_anonymous())
-    assert max(used[3:]) - used[2] < 8_000, used                                                # KB
+    return used
 
 
 @pytest.mark.skipif(not (Path('/proc/self/smaps_rollup').exists() and 'Pss_Anon' in Path('/proc/self/smaps_rollup').read_text()), reason='memory is read from /proc')
 def test_workers_share_the_names(tree):
     "A worker reads from a list of 300,000 names and does not come to own a copy of it"
+    used = _alone('_long_list', tree)
+    assert used[1] - used[0] < 10_000, used                                                      # KB
+
+
+def _long_list(tree):
     from balms.samplers import resampled
     train, test = load_lists(tree)
     dls = list_dls(train.subset(torch.arange(300_000) % len(train)), test, bs=64, size=16, num_workers=1, device='cpu')
     used = []
     for i, _ in enumerate(resampled(dls, 1, n_batches=210).train):
         if i in (20, 200): used.append(_anonymous())
-    assert used[1] - used[0] < 10_000, used                                                      # KB
+    return used
 
 
 def test_shared_memory_is_used_again(tree):
