@@ -137,9 +137,9 @@ def _anonymous():
 @pytest.mark.skipif(not (Path('/proc/self/smaps_rollup').exists() and 'Pss_Anon' in Path('/proc/self/smaps_rollup').read_text()), reason='memory is read from /proc')
 @pytest.mark.parametrize('packed', [False, True])
 def test_memory_does_not_grow(tree, tmp_path, packed):
-    "Eight epochs of a long list: after the first three, memory stays where it is"
+    "Twelve epochs of a long list: it takes some until memory is where it stays, and there it stays"
     used = _alone('_epochs', tree, tmp_path/'p.pack' if packed else '')
-    assert max(used[3:]) - used[2] < 8_000, used                                                # KB
+    assert max(used[9:]) - max(used[5:8]) < 8_000, used                                                # KB
 
 
 def _alone(name, *args):
@@ -156,7 +156,7 @@ def _epochs(tree, pack):
     train = train.subset(torch.arange(len(train)).repeat(20))
     dl = list_dls(train, test, bs=64, size=16, num_workers=1, device='cpu').train
     used = []
-    for _ in range(8):
+    for _ in range(12):
         for i, b in enumerate(dl):
             if i == 30: used.append(_anonymous())
     return used
