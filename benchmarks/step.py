@@ -10,12 +10,16 @@ Sides, all with the loader and the augmentation of the package, the same network
 They run in turns, so that whatever else the machine does falls on each; a ratio is the median over turns of the ratio within a turn.
 A loop without a network follows, where the cost of the loop itself shows, and two ways to get batches without loader workers.
 
+On Linux the C library gives large blocks of memory back to the system when they are freed and asks for them again in the next step,
+which makes a step on the CPU longer and its time vary by tens of percent, more than the loops differ. So on the CPU the script starts
+itself again with that switched off (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_); `--malloc default` leaves it as it is.
+
 On CUDA also: what share of a step augmentation is, the floor of a step (operations and bytes of the network over the rates that
 this card reaches in a matrix product and in a copy), and with --recipe the whole recipe of the paper, 13,000 steps of 512 images.
 With images larger than 32 pixels there is no augmentation, since that is done in loader workers (`benchmarks/loading.py`), and the hours
 of ImageNet-LT's 90 epochs follow from the step, on one card and on eight that lose nothing.
 """
-import argparse, statistics, time
+import argparse, os, statistics, sys, time
 from contextlib import nullcontext
 from functools import partial
 import torch
@@ -179,7 +183,10 @@ def main():
     p.add_argument('--threads', type=int, default=2); p.add_argument('--device', default='cpu'); p.add_argument('--seconds', type=float, default=60)
     p.add_argument('--bs', type=int, default=512); p.add_argument('--model', default='resnet32'); p.add_argument('--side', type=int, default=32); p.add_argument('--precision', default='float32')
     p.add_argument('--compile', action='store_true'); p.add_argument('--recipe', action='store_true')
+    p.add_argument('--malloc', choices=('keep', 'default'), default='keep')
     a = p.parse_args()
+    if a.device == 'cpu' and a.malloc == 'keep' and sys.platform == 'linux' and 'MALLOC_TRIM_THRESHOLD_' not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(2**33), 'MALLOC_TRIM_THRESHOLD_': str(2**33)})
     torch.set_num_threads(a.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # in float32, floor and step alike
     cuda, ok = a.device != 'cpu', True
@@ -187,7 +194,7 @@ def main():
 
     print('A step with the network')
     sides = {'by hand': by_hand(learner(a), a), 'Learner, FastLoop': through(learner(a)), 'Learner': through(learner(a, fast=False))}
-    r = show(turns(sides, 50 if cuda else 1, a.seconds, a), 'by hand')
+    r = show(turns(sides, 50 if cuda else 3, a.seconds, a), 'by hand')
     ok &= r['Learner, FastLoop'] <= LIMIT
     print(f'    through Learner at most {LIMIT} times by hand: {"yes" if r["Learner, FastLoop"] <= LIMIT else "NO"}')
 
