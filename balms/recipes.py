@@ -568,7 +568,7 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/12_recipes.ipynb #20b1d2d4
+# %% ../nbs/12_recipes.ipynb #3f9c1ad7
 def _load_lists(recipe, root, lists, pack, skip_missing):
     "(train, test) of images in lists"
     name, pack = recipe.data if recipe.data in LIST_FACTS else None, pack if isinstance(pack, dict) else {'train': pack} if pack else {}
@@ -593,6 +593,7 @@ def _images(train, test):
     kind = lambda ds: 'pack, short side {short}, quality {quality}'.format(**ds.about) if isinstance(ds, PackedDataset) else 'files'
     return dict(images=kind(train), test_images=kind(test), **({'skipped': n} if (n := sum(len(getattr(ds, 'skipped', ())) for ds in (train, test))) else {}))
 
+# %% ../nbs/12_recipes.ipynb #20b1d2d4
 def run(
     recipe:Recipe, # What to run
     out='runs', # Folder for models, checkpoints and the ledger
