@@ -21,6 +21,6 @@ setup(
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['balms', 'balms.*']), include_package_data=True, zip_safe=False,
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'timm': cfg['timm_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'timm': cfg['timm_requirements'].split(), 'lvis': cfg['lvis_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['balms = balms._modidx:d']},
 )
