@@ -554,9 +554,11 @@ def compute(self:InstanceAP,
     if images not in ('all', 'seen'): raise ValueError(f"images must be 'all' or 'seen', not {images!r}")
     COCO, COCOeval, _ = _coco()
     truth, res, self.per_class = self._truth(self.known if images == 'all' else self.seen), {}, {}
+    judged = {im['id']: set(im['neg_category_ids']) for im in truth['images']}                            # other detections are ignored; the evaluator cannot do that in images without annotations
+    for r in truth['annotations']: judged[r['image_id']].add(r['category_id'])
     for kind in self.kinds:
         gt = COCO({**truth, 'annotations': [dict(o) for o in truth['annotations']]})
-        dt = gt.loadRes([{k: v for k, v in r.items() if k != ('bbox' if kind == 'segm' else 'segmentation')} for r in self.results])
+        dt = gt.loadRes([{k: v for k, v in r.items() if k != ('bbox' if kind == 'segm' else 'segmentation')} for r in self.results if r['category_id'] in judged[r['image_id']]])
         ev = COCOeval(gt, dt, kind, lvis_style=True)
         ev.params.maxDets = [self.max_dets]
         ev.run()
