@@ -240,7 +240,8 @@ def _loader(self:SampledDL, batches):
     "PyTorch's loader over an iterator of (list of indices, number of the batch)"
     n = self.fake_l.num_workers
     return TorchLoader(_Items(self), batch_sampler=batches, num_workers=n, collate_fn=_as_is, pin_memory=self.pin_memory, timeout=self.timeout,
-                       worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None)
+                       worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None,
+                       generator=None if self.seed is None else torch.Generator().manual_seed(self.seed))     # without one it takes a number from the global generator
 
 # %% ../nbs/07_samplers.ipynb #4f438898
 @patch
