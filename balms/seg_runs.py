@@ -20,7 +20,7 @@ from .instance_seg import SEG_METHODS, TABLE4, InstanceSeg, RoIReweighter, avera
 from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
-from .recipes import Interrupted, mean_se, read_ledger, _append, _environment, _fit, _found, _How, _threads, _writable
+from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _writable
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
 # %% ../nbs/14a_seg_runs.ipynb #fc64bf24
@@ -146,6 +146,7 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     "The trained `Learner`, and what was saved"
     first, m, stop_at = recipe.first, SEG_METHODS[recipe.method], kwargs.pop('stop_at', None)
     learn, later = _seg_learner(first, train, valid, how), stop_at is not None and m.stage1 and stop_at > first.iters
+    _apart(learn, first, how)
     lr_at = partial(step_drops, lr=first.lr, drops=first.drops, warmup=first.warmup)
     saved = _fit(learn, first, out/first.key, first.iters, lr_at, crc, how, _ranks_cbs(how), stop_at=None if later else stop_at, **kwargs)
     if not m.stage1: return learn, saved, saved['seconds']
@@ -154,6 +155,7 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     second.opt_func = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, weight_decay=recipe.wd)
     box_classifier_learner(second, m.loss(_counts(recipe, train), len(train)), m.scales)
     torch.manual_seed(recipe.seed + 1)
+    _apart(second, recipe, how)
     cbs = ([RoIReweighter(recipe.meta_lr)] if m.meta else []) + _ranks_cbs(how)
     done = _fit(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
     return second, done, saved['seconds'] + done['seconds']
