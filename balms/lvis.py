@@ -8,8 +8,9 @@ __all__ = ['LVIS_FACTS', 'GROUPS', 'outline_mask', 'digit_scenes', 'frequency_gr
            'detections', 'InstanceAP', 'coco_to_lvis', 'check_annotations', 'balms_check_lvis']
 
 # %% ../nbs/04b_lvis.ipynb #66a5e945
-import argparse, json, math, os, sys, warnings
+import argparse, json, math, os, pickle, sys, warnings
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import numpy as np, torch
 import matplotlib.pyplot as plt
@@ -26,7 +27,7 @@ from fastcore.basics import patch
 from fastai.data.transforms import ItemTransform
 from .core import _few
 from .data import _write, load_digits, mixed_seed
-from .image_lists import ListReport, _Strings, _summary, decode_rgb
+from .image_lists import ListReport, _summary, decode_rgb
 from .metrics import COLORS
 from .samplers import SampledDL
 
@@ -135,7 +136,7 @@ def frequency_groups(
     return ['r' if n <= 10 else 'c' if n <= 100 else 'f' for n in (image_counts.tolist() if isinstance(image_counts, Tensor) else image_counts)]
 
 # %% ../nbs/04b_lvis.ipynb #c7954e4c
-_NEEDS = dict(images=('id', 'height', 'width'), categories=('id', 'name'), annotations=('id', 'image_id', 'category_id', 'bbox', 'area', 'segmentation'))
+_NEEDS = dict(images={'id', 'height', 'width'}, categories={'id', 'name'}, annotations={'id', 'image_id', 'category_id', 'bbox', 'area', 'segmentation'})
 _ONE = dict(images='image', categories='category', annotations='annotation')
 
 def _load(path):
@@ -153,10 +154,10 @@ def _faults(d):
         seen = ids[kind] = set()
         for i, o in enumerate(d[kind]):
             name = f'{_ONE[kind]} {o["id"]!r}' if 'id' in o else f'{_ONE[kind]} at place {i}'
-            if lacks := [f for f in needs if f not in o]: out.append(f'{name}: no {", ".join(lacks)}')
-            elif not isinstance(o['id'], int): out.append(f'{name}: its id is not a whole number')
-            elif o['id'] in seen: out.append(f'{name}: the id is given twice')
-            seen.add(o.get('id'))
+            if lacks := needs - o.keys(): out.append(f'{name}: no {", ".join(sorted(lacks))}'); continue
+            if type(o['id']) is not int: out.append(f'{name}: its id is not a whole number'); continue
+            if o['id'] in seen: out.append(f'{name}: the id is given twice')
+            seen.add(o['id'])
     if not d['categories']: out.append('there are no categories')
     return out or _faults_within(d, ids)
 
@@ -176,8 +177,13 @@ def _faults_within(d, ids):
         elif isinstance(seg, dict) and list(seg.get('size', [])) != sizes[a['image_id']]: out.append(f'{name}: run lengths for an image of {seg.get("size")}, but image {a["image_id"]} is {sizes[a["image_id"]]}')
         elif not isinstance(seg, (dict, list)): out.append(f'{name}: its segmentation is neither polygons nor run lengths')
         if a['category_id'] not in ids['categories']: out.append(f'{name}: its category {a["category_id"]} is not in the file')
-        if len(a['bbox']) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*a['bbox'], a['area'])): out.append(f'{name}: box {a["bbox"]} or area {a["area"]} is not made of numbers')
+        if not _finite(a): out.append(f'{name}: box {a["bbox"]} or area {a["area"]} is not made of numbers')
     return out
+
+def _finite(a):
+    "Whether box and area of an annotation are numbers"
+    try: return len(a['bbox']) == 4 and math.isfinite(sum(a['bbox']) + a['area'])
+    except TypeError: return False
 
 # %% ../nbs/04b_lvis.ipynb #e68e5cd7
 def _file_names(im):
@@ -204,6 +210,15 @@ def _find_photos(images, folders):
         out.append(found or (same[0] if len(same) == 1 else None))
     return out, problems
 
+# %% ../nbs/04b_lvis.ipynb #355c3d94
+class _Packed:
+    "Python objects in one array of bytes"
+    def __init__(self, objs):
+        bs = [pickle.dumps(o, 5) for o in objs]
+        self.ends, self.data = np.cumsum([0, *map(len, bs)]), np.frombuffer(b''.join(bs), np.uint8)
+    def __len__(self): return len(self.ends) - 1
+    def __getitem__(self, i): return pickle.loads(self.data[self.ends[i]:self.ends[i + 1]])
+
 # %% ../nbs/04b_lvis.ipynb #1265b571
 class Annotations:
     "One annotation file in the form of LVIS or COCO: images, classes, and how often each is there"
@@ -218,7 +233,7 @@ class Annotations:
         self.names, self.cat_ids = [c['name'] for c in cats], [c['id'] for c in cats]
         self.label_of = {c: j for j, c in enumerate(self.cat_ids, 1)}
         self.federated = any('neg_category_ids' in im for im in self.images)
-        self.files = None if files is None else _Strings(files)
+        self.files = None if files is None else _Packed(files)
         self.image_ids = torch.tensor([im['id'] for im in self.images], dtype=torch.long)
         self.sizes = torch.tensor([(im['height'], im['width']) for im in self.images], dtype=torch.long).view(-1, 2)
         self._take(d['annotations'])
@@ -244,7 +259,7 @@ def _take(self:Annotations, anns):
     self.starts = torch.searchsorted(self.image_of, torch.arange(len(self) + 1))
     self.boxes, self.areas = torch.tensor([a['bbox'] for a in anns], dtype=torch.float64).view(-1, 4), torch.tensor([a['area'] for a in anns], dtype=torch.float64)
     self.crowd = torch.tensor([bool(a.get('iscrowd', 0)) for a in anns], dtype=torch.bool)
-    self.outlines = _Strings([json.dumps(a['segmentation'], separators=(',', ':')) for a in anns])
+    self.outlines = _Packed(a['segmentation'] for a in anns)
     outlined = torch.tensor([bool(a['segmentation'].get('counts') if isinstance(a['segmentation'], dict) else _polygons(a['segmentation'])) for a in anns], dtype=torch.bool)
     end, size = self.boxes[:, :2] + self.boxes[:, 2:], self.sizes[self.image_of].flip(1)
     self.counted = outlined & ~self.crowd                                                              # instances that evaluation knows
@@ -266,10 +281,9 @@ def neg(self:Annotations, i:int) -> list:
 
 @patch
 def not_exhaustive(self:Annotations, i:int) -> list:
-    "Labels of which image `i` has instances that are not annotated; without federation, those with a crowd region"
-    if self.federated: return [self.label_of[c] for c in self.images[i]['not_exhaustive_category_ids']]
+    "Labels of which image `i` has instances that are not annotated: those of a crowd region, and by federation those that it names"
     r = self.rows(i)
-    return sorted(set(self.labels[r[self.crowd[r]]].tolist()))
+    return sorted({*self.labels[r[self.crowd[r]]].tolist(), *(self.label_of[c] for c in self.images[i].get('not_exhaustive_category_ids', ()))})
 
 # %% ../nbs/04b_lvis.ipynb #c0ce8823
 def read_annotations(
@@ -331,7 +345,7 @@ def _target(self:InstanceDataset, i):
     a, (h, w) = self.anns, self.anns.sizes[i].tolist()
     r = a.rows(i); r = r[self.use[r]]
     boxes = clip_boxes_to_image(torch.cat([a.boxes[r, :2], a.boxes[r, :2] + a.boxes[r, 2:]], 1).float(), (h, w))
-    masks = [torch.from_numpy(outline_mask(json.loads(a.outlines[j]), h, w)) for j in r.tolist()]
+    masks = [torch.from_numpy(outline_mask(a.outlines[j], h, w)) for j in r.tolist()]
     return dict(boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=(h, w)), labels=a.labels[r], masks=tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, h, w, dtype=torch.uint8)),
                 image_id=int(a.image_ids[i]), area=a.areas[r].float(), iscrowd=torch.zeros(len(r), dtype=torch.long))
 
@@ -410,7 +424,7 @@ def draw_ranks(self:RepeatFactorSampler, bs:int) -> Tensor: # int64 (world_size,
         part = self.epoch_order(self.epoch)[self.position:self.position + need]
         parts.append(part); need -= len(part); self.position += len(part)
         if need: self.set_epoch(self.epoch + 1)
-    return torch.cat(parts).view(bs, self.world_size).T
+    return torch.cat(parts).view(self.world_size, bs)
 
 @patch
 def draw(self:RepeatFactorSampler, bs:int) -> Tensor: # int64 (bs,)
@@ -496,7 +510,7 @@ def detections(
     if len(ids) != len(outputs): raise ValueError(f'{len(outputs)} outputs for {len(ids)} images')
     for i, o in zip(ids, outputs):
         boxes, labels, scores = (o[k].detach().cpu() for k in ('boxes', 'labels', 'scores'))
-        if len(labels) and not 1 <= labels.min() <= labels.max() <= anns.c: raise ValueError(f'image {i}: labels {labels.min()}..{labels.max()}, but classes are 1..{anns.c}')
+        _in_range(labels, anns, i)
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
         rows = [dict(image_id=i, category_id=anns.cat_ids[j - 1], bbox=b, score=s) for j, b, s in zip(labels.tolist(), boxes, scores.double().tolist())]
         if 'masks' in o and len(labels):
@@ -504,6 +518,10 @@ def detections(
             for row, rle in zip(rows, _coco()[2].encode(np.asfortranarray(m.permute(1, 2, 0).numpy()))): row['segmentation'] = dict(size=[int(v) for v in rle['size']], counts=rle['counts'].decode())
         res += rows
     return res
+
+def _in_range(labels, anns, i):
+    "Raise if a label of image `i` is no class"
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= anns.c: raise ValueError(f'image {i}: labels {labels.min()}..{labels.max()}, but classes are 1..{anns.c}')
 
 # %% ../nbs/04b_lvis.ipynb #fc0b515d
 class InstanceAP:
@@ -515,7 +533,7 @@ class InstanceAP:
     ):
         if odd := set(kinds) - {'segm', 'bbox'}: raise ValueError(f"kinds are 'segm' and 'bbox', not {sorted(odd)}")
         self.anns, self.max_dets, self.kinds = anns, max_dets, tuple(kinds)
-        self.known = set(anns.image_ids.tolist())
+        self.place = {int(n): i for i, n in enumerate(anns.image_ids)}
         self.reset()
     def reset(self): self.results, self.seen = [], set()
     def add(self,
@@ -524,15 +542,23 @@ class InstanceAP:
     ):
         "Add the outputs of some images. Raises `ValueError` for an image that is not in the truth or was added before, and for outputs without masks."
         ids = [int(t['image_id'] if isinstance(t, dict) else t) for t in image_ids]
-        if odd := [i for i in ids if i not in self.known]: raise ValueError(f'Images {odd[:10]} are not in {self.anns.path.name}')
+        if odd := [i for i in ids if i not in self.place]: raise ValueError(f'Images {odd[:10]} are not in {self.anns.path.name}')
         if len(set(ids)) < len(ids) or (odd := sorted(self.seen & set(ids))): raise ValueError(f'Images {odd[:10] if len(set(ids)) == len(ids) else ids} were added before: reset() begins anew')
         if 'segm' in self.kinds and any('masks' not in o for o in outputs): raise ValueError("The outputs have no masks: kinds=('bbox',) measures boxes alone")
         for i, o in zip(ids, outputs):
+            _in_range(o['labels'], self.anns, i)
             best = o['scores'].argsort(descending=True, stable=True)[:self.max_dets]
-            self.results += detections([{k: v[best] for k, v in o.items()}], [i], self.anns)
+            best = best[torch.isin(o['labels'][best].cpu(), self.asked(i)).to(best.device)]
+            self.results += detections([{k: o[k][best] for k in ('boxes', 'labels', 'scores', 'masks') if k in o}], [i], self.anns)
         self.seen |= set(ids)
 
 # %% ../nbs/04b_lvis.ipynb #f9bd2224
+@patch
+def asked(self:InstanceAP, image_id:int) -> Tensor:
+    "Labels in P or N of an image: the classes of which something is known there"
+    i = self.place[image_id]; r = self.anns.rows(i)
+    return torch.cat([self.anns.labels[r[self.anns.counted[r]]], torch.tensor(self.anns.neg(i), dtype=torch.long)])
+
 @patch
 def _truth(self:InstanceAP, ids):
     "The annotation file as the evaluator wants it: federated, without crowds"
@@ -541,29 +567,44 @@ def _truth(self:InstanceAP, ids):
     cats = lambda labels: [a.cat_ids[j - 1] for j in labels]
     images = [dict(id=int(a.image_ids[i]), height=int(a.sizes[i, 0]), width=int(a.sizes[i, 1]), neg_category_ids=cats(a.neg(i)), not_exhaustive_category_ids=cats(a.not_exhaustive(i))) for i in where]
     rows = [r for i in where for r in a.rows(i).tolist() if a.counted[r]]
-    def outline(r): s = json.loads(a.outlines[r]); return _polygons(s) if isinstance(s, list) else s
+    def outline(r): s = a.outlines[r]; return _polygons(s) if isinstance(s, list) else s
     anns = [dict(id=r + 1, image_id=int(a.image_ids[a.image_of[r]]), category_id=a.cat_ids[a.labels[r] - 1], bbox=a.boxes[r].tolist(), area=float(a.areas[r]), segmentation=outline(r), iscrowd=0) for r in rows]
     return dict(images=images, annotations=anns, categories=[dict(id=i, name=n, frequency=g) for i, n, g in zip(a.cat_ids, a.names, a.groups)])
 
 # %% ../nbs/04b_lvis.ipynb #1e3d8d4d
 @patch
+def _evaluate(self:InstanceAP, truth, kind, chunk):
+    "The evaluator, with precision and recall of all classes"
+    COCO, COCOeval, _ = _coco()
+    parts, without = [], 'bbox' if kind == 'segm' else 'segmentation'
+    for i in range(0, self.anns.c, chunk):
+        cats = set(self.anns.cat_ids[i:i + chunk])
+        gt = COCO({**truth, 'annotations': [dict(o) for o in truth['annotations'] if o['category_id'] in cats]})
+        dt = gt.loadRes([{k: v for k, v in r.items() if k != without} for r in self.results if r['category_id'] in cats])
+        ev = COCOeval(gt, dt, kind, lvis_style=True)
+        ev.params.maxDets, ev.params.catIds = [self.max_dets], sorted(cats)
+        ev.evaluate(); ev.accumulate()
+        parts.append({k: np.asarray(ev.eval[k]) for k in ('precision', 'recall')})
+    ev.params.catIds = self.anns.cat_ids
+    ev.freq_groups = ev._prepare_freq_group()
+    ev.eval = dict(precision=np.concatenate([p['precision'] for p in parts], 2), recall=np.concatenate([p['recall'] for p in parts], 1))   # (thresholds, recalls, k, areas, 1), (thresholds, k, areas, 1)
+    ev.summarize()
+    return ev
+
+@patch
 def compute(self:InstanceAP,
     images:str='all', # 'all' images of the truth, of which those not added have no detections; or those 'seen'
+    chunk:int=100, # Classes at a time: fewer need less memory
 ) -> dict: # AP, AP50, AP75, APs, APm, APl, APr, APc, APf of masks, APb, APb50, ... of boxes, 0..1; nan for a mean over nothing
     "LVIS's AP. Per-class AP is in `per_class` afterwards: for each kind (k,), nan for classes without instances."
     if images not in ('all', 'seen'): raise ValueError(f"images must be 'all' or 'seen', not {images!r}")
-    COCO, COCOeval, _ = _coco()
-    truth, res, self.per_class = self._truth(self.known if images == 'all' else self.seen), {}, {}
+    truth, res, self.per_class = self._truth(set(self.place) if images == 'all' else self.seen), {}, {}
+    names = dict(AP='AP_all', AP50='AP_50', AP75='AP_75', APs='AP_small', APm='AP_medium', APl='AP_large', APr='APr', APc='APc', APf='APf')
     for kind in self.kinds:
-        gt = COCO({**truth, 'annotations': [dict(o) for o in truth['annotations']]})
-        dt = gt.loadRes([{k: v for k, v in r.items() if k != ('bbox' if kind == 'segm' else 'segmentation')} for r in self.results])
-        ev = COCOeval(gt, dt, kind, lvis_style=True)
-        ev.params.maxDets = [self.max_dets]
-        ev.run()
+        ev = self._evaluate(truth, kind, chunk)
         s, b = ev.stats_as_dict, 'b'*(kind == 'bbox')
-        names = dict(AP='AP_all', AP50='AP_50', AP75='AP_75', APs='AP_small', APm='AP_medium', APl='AP_large', APr='APr', APc='APc', APf='APf')
         res.update({f'AP{b}{k[2:]}': math.nan if s[v] == -1 else s[v] for k, v in names.items()})
-        p = torch.from_numpy(np.asarray(ev.eval['precision'])[:, :, :, 0, -1]).mean((0, 1))               # -1 throughout where a class has no instance
+        p = torch.from_numpy(ev.eval['precision'][:, :, :, 0, -1]).mean((0, 1))                         # -1 throughout where a class has no instance
         self.per_class[kind] = torch.where(p < 0, math.nan, p)
     return res
 
@@ -593,6 +634,7 @@ def check_annotations(
     version:str=None, # A key of `LVIS_FACTS`: compare the classes, and if it is the training file, all counts
     train:bool=True, # Whether it is the training file
     decode:bool=False, # Decode every photo and make every mask
+    num_workers:int=None, # Threads that do so; default: one a CPU
 ) -> ListReport:
     "Check an annotation file before any training. What is wrong is in the report; raises only if there is no file to check."
     if version is not None and version not in LVIS_FACTS: raise ValueError(f'Unknown version {version!r}: choose from {", ".join(LVIS_FACTS)}')
@@ -606,7 +648,7 @@ def check_annotations(
     problems += [f'{name}: {k}: {have}, but {want} in LVIS {version}' for k, have, want in _differences(a, version, train)]
     problems += [f'annotation without an outline: {n}'] if (n := a.dropped['outline']) else []
     lines.append('photos: no folder was given, so they were not looked for' if files is None else f'photos: {sum(map(bool, files)):,} of {len(files):,} found')
-    if decode and files is not None: problems += _decode_all(a, files); lines[-1] += ', all of them decoded, with their masks'
+    if decode and files is not None: problems += _decode_all(a, files, num_workers); lines[-1] += ', all of them decoded, with their masks'
     return ListReport(name, lines, problems)
 
 def _differences(a, version, train):
@@ -616,13 +658,13 @@ def _differences(a, version, train):
     have = dict(classes=a.c, train_instances=int(n.sum()), train_images=len(a.pairs[:, 0].unique()), train_listed=len(a), groups={k: Counter(a.groups)[k] for k in GROUPS}, imbalance=int(n.max()/n.clamp_min(1).min()))
     return [(k, have[k], f[k]) for k in f if have[k] != f[k] and (train or k in ('classes', 'groups'))]
 
-def _decode_all(a, files):
+def _decode_all(a, files, num_workers):
     "What goes wrong when photos and masks are decoded"
-    ds, problems = InstanceDataset(a, train=False), []
-    for i, f in enumerate(files):
-        try: f and ds[i]
-        except (OSError, ValueError) as e: problems.append(str(e))
-    return problems
+    ds = InstanceDataset(a, train=False)
+    def one(i):
+        try: files[i] and ds[i]
+        except (OSError, ValueError) as e: return str(e)
+    with ThreadPool(num_workers or os.cpu_count()) as pool: return [p for p in pool.imap(one, range(len(files)), chunksize=16) if p]
 
 # %% ../nbs/04b_lvis.ipynb #07a46746
 def balms_check_lvis(argv=None):
@@ -633,8 +675,9 @@ def balms_check_lvis(argv=None):
     p.add_argument('--version', choices=list(LVIS_FACTS), help='compare the counts with those of this version')
     p.add_argument('--valid', action='store_true', help='it is not the training file: compare only its classes')
     p.add_argument('--decode', action='store_true', help='decode every photo, and make every mask')
+    p.add_argument('--workers', type=int, help='threads that do so  [one a CPU]')
     a = p.parse_args(argv)
-    try: report = check_annotations(a.path, a.images, a.version, not a.valid, a.decode)
+    try: report = check_annotations(a.path, a.images, a.version, not a.valid, a.decode, a.workers)
     except (OSError, ValueError) as e: print(f'balms_check_lvis: error: {e}', file=sys.stderr); raise SystemExit(2)
     print(report)
     raise SystemExit(0 if report.ok else 1)
