@@ -3,7 +3,7 @@ import importlib.util, json, os, pickle, subprocess, sys, types
 from pathlib import Path
 import numpy as np, pytest, torch
 pytest.importorskip('faster_coco_eval')
-from balms.lvis import (LVIS_FACTS, Annotations, InstanceAP, InstanceDataset, RepeatFactorSampler, check_annotations, coco_to_lvis, detections, digit_scenes, frequency_groups, instance_dls,
+from balms.lvis import (LVIS_FACTS, Annotations, InstanceAP, InstanceDataset, RepeatFactorSampler, balms_check_lvis, check_annotations, coco_to_lvis, detections, digit_scenes, frequency_groups, instance_dls,
                         outline_mask, read_annotations, repeat_factors)
 
 DATA = Path(os.environ.get('BALMS_LVIS', ''))
@@ -211,13 +211,19 @@ except ImportError as e: print(e)'''
     assert "pip install 'balms[lvis]'" in r.stdout, r.stderr
 
 
-def test_command(root, tmp_path):
-    def run(*args): return subprocess.run([sys.executable, '-c', 'from balms.lvis import balms_check_lvis; balms_check_lvis()', *map(str, args)], capture_output=True, text=True)
-    r = run(root/'digits_train.json', '--images', root, '--decode')
+def test_command(root, tmp_path, capsys):
+    "Exit status and report, once in a process of its own"
+    code = 'from balms.lvis import balms_check_lvis; balms_check_lvis()'
+    r = subprocess.run([sys.executable, '-c', code, str(root/'digits_train.json'), '--images', str(root), '--decode', '--workers', '1'], capture_output=True, text=True)
     assert r.returncode == 0 and '120 of 120 found, all of them decoded' in r.stdout, r.stderr
-    r = run(root/'digits_train.json', '--version', 'v1')
-    assert r.returncode == 1 and 'classes: 10, but 1203 in LVIS v1' in r.stdout
-    assert run(tmp_path/'none.json').returncode == 2 and run(root/'digits_train.json', '--images', tmp_path/'none').returncode == 2
+    def run(*args):
+        with pytest.raises(SystemExit) as e: balms_check_lvis([str(a) for a in args])
+        return e.value.code, capsys.readouterr()
+    status, said = run(root/'digits_train.json', '--version', 'v1')
+    assert status == 1 and 'classes: 10, but 1203 in LVIS v1' in said.out
+    status, said = run(tmp_path/'none.json')
+    assert status == 2 and 'No annotation file' in said.err
+    assert run(root/'digits_train.json', '--images', tmp_path/'none')[0] == 2
 
 
 def test_sampler_with_plain_torch(root):
