@@ -23,7 +23,7 @@ from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_
 from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _writable
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
-# %% ../nbs/14a_seg_runs.ipynb #fc64bf24
+# %% ../nbs/14a_seg_runs.ipynb #9610add3
 _paper = dict(model='resnet50', weights='IMAGENET1K_V1', width=256, norm='frozen', min_size=(640, 672, 704, 736, 768, 800), max_size=1333, anchors=(32, 64, 128, 256, 512), rois=512, proposals=(2000, 1000),
               iters=90_000, bs=8, opt='sgd', lr=.01, drops=(60_000, 80_000), warmup=1000, wd=1e-4, iters2=22_000, lr2=.02, drops2=(11_000, 18_000), meta_lr=.001)
 SEG_PRESETS = dict(
@@ -34,7 +34,7 @@ SEG_PRESETS = dict(
 )
 _second = 'iters2', 'lr2', 'drops2', 'meta_lr'
 
-# %% ../nbs/14a_seg_runs.ipynb #5b6b35e5
+# %% ../nbs/14a_seg_runs.ipynb #58a3cde0
 @dataclass(frozen=True)
 class SegRecipe:
     "Everything that decides a run of instance segmentation. Raises `ValueError` with the choices for a name that does not exist."
@@ -79,7 +79,7 @@ class SegRecipe:
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
 
-# %% ../nbs/14a_seg_runs.ipynb #a601fb68
+# %% ../nbs/14a_seg_runs.ipynb #06934d72
 @patch(as_prop=True)
 def said(self:SegRecipe) -> str:
     "All of it as JSON"
@@ -111,7 +111,7 @@ def step_drops(
     "Learning rate at a step: linear from a thousandth of `lr`, then `lr`, divided by ten at each drop"
     return lr*.1**sum(step >= d for d in drops)*(1 if step >= warmup else .001 + .999*step/warmup)
 
-# %% ../nbs/14a_seg_runs.ipynb #15e03378
+# %% ../nbs/14a_seg_runs.ipynb #bfce0fb8
 def _network(recipe, counts, total):
     "The network of a recipe at its start"
     m = SEG_METHODS[recipe.method]
@@ -141,7 +141,7 @@ def _seg_learner(recipe, train, valid, how):
 
 def _ranks_cbs(how): return [Distributed(how.ranks)] if how.ranks.world > 1 else []
 
-# %% ../nbs/14a_seg_runs.ipynb #c03bf932
+# %% ../nbs/14a_seg_runs.ipynb #5cc41a8a
 def _stages(recipe, out, train, valid, crc, how, **kwargs):
     "The trained `Learner`, and what was saved"
     first, m, stop_at = recipe.first, SEG_METHODS[recipe.method], kwargs.pop('stop_at', None)
@@ -173,7 +173,7 @@ def _evaluate(learn, valid, how):
     scores = how.ranks.first(lambda: {k: pct(v) for k, v in ap.compute().items()} | {'per_class': [pct(v) for v in ap.per_class['segm'].tolist()]})
     return scores
 
-# %% ../nbs/14a_seg_runs.ipynb #08e487c9
+# %% ../nbs/14a_seg_runs.ipynb #08543d81
 def _annotations(given, images):
     "`given` as `Annotations` with photos, and a checksum of its file"
     a = given if isinstance(given, Annotations) else read_annotations(given, images)
@@ -204,7 +204,7 @@ def run_instance_seg(
                    image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, processes=ranks.world, **_environment(device))
         return ranks.first(lambda: _append(out/'ledger.jsonl', row) or row)
 
-# %% ../nbs/14a_seg_runs.ipynb #98f7cef1
+# %% ../nbs/14a_seg_runs.ipynb #6573be2a
 class SegStudy:
     "Data and recipes of the LVIS notebook: LVIS with CUDA, a folder of photos in COCO's layout, or digit scenes. Raises `ValueError` for an unknown scale, `FileNotFoundError` for data that are not there."
     scales = 'full', 'photos', 'small'
@@ -252,7 +252,7 @@ def run(self:SegStudy,
     valid = self.train if self.scale == 'photos' else self.valid
     return [run_instance_seg(self.recipe(m, s), self.train, valid, out=self.out, **kwargs) for s in range(seeds) for m in methods]
 
-# %% ../nbs/14a_seg_runs.ipynb #442c8427
+# %% ../nbs/14a_seg_runs.ipynb #b7bc7748
 def load_detector(
     recipe:SegRecipe, # Of a finished run
     train, # Its annotation file, or `Annotations`
@@ -268,7 +268,7 @@ def load_detector(
     net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
     return net.eval()
 
-# %% ../nbs/14a_seg_runs.ipynb #53b1c9c2
+# %% ../nbs/14a_seg_runs.ipynb #17cf4c58
 _SCORES = dict(AP='AP_m', APf='AP_f', APc='AP_c', APr='AP_r', APb='AP_b')
 
 def seg_table(
@@ -287,7 +287,7 @@ def seg_table(
         out.append(f'| {m.title} | ' + ' | '.join(cell(i, k) for i, k in enumerate(_SCORES)) + f' | {len(own)} |')
     return '\n'.join(out)
 
-# %% ../nbs/14a_seg_runs.ipynb #04fd4918
+# %% ../nbs/14a_seg_runs.ipynb #c36cfd92
 def _parser():
     p = argparse.ArgumentParser('balms_lvis', description="Train and compare methods on LVIS, or on annotations in LVIS's or COCO's form.")
     p.add_argument('--train', required=True, help='annotation file of the training images')
@@ -317,6 +317,6 @@ def balms_lvis(argv=None):
     except Interrupted as e: print(f'\n{e}', file=sys.stderr); raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as e: print(f'balms_lvis: error: {e}', file=sys.stderr); raise SystemExit(2) from None
 
-# %% ../nbs/14a_seg_runs.ipynb #e48c7fb6
+# %% ../nbs/14a_seg_runs.ipynb #04639c02
 #| eval: false
 if __name__ == '__main__': balms_lvis()
