@@ -12,7 +12,8 @@ from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #b5245436
 def _fail(command, e):
-    "An error of the user's as one line, without a traceback"
+    "An error of the user's as one line, without a traceback, also if it comes from a worker"
+    if str(e).startswith('Caught '): e = str(e).rsplit(f'\n{type(e).__name__}: ', 1)[-1].rstrip()
     print(f'{command}: error: {e}', file=sys.stderr)
     raise SystemExit(2)
 
