@@ -334,7 +334,7 @@ class InstanceDataset(Dataset):
 def _image(self:InstanceDataset, i):
     "Photo of image `i`, uint8 (3, H, W)"
     try:
-        with open(self.anns.files[i], 'rb') as f: x = decode_rgb(f.read())
+        with open(self.anns.files[i], 'rb') as f: x = decode_rgb(f.read(), orient=False)
         if list(x.shape[1:]) != self.anns.sizes[i].tolist(): raise ValueError(f'it is {list(x.shape[1:])}, but {self.anns.sizes[i].tolist()} in the annotations')
     except (OSError, ValueError) as e: raise type(e)(f'{self.anns.path}: image {self.anns.image_ids[i]}: {self.anns.files[i]}: {getattr(e, "strerror", None) or e}') from e
     return tv_tensors.Image(x)
