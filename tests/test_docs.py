@@ -33,7 +33,7 @@ core = [
        '$$\\text{shift}_j = \\{\\log n_j\\}$$ {#eq-shift}\n\nIn @eq-shift, `balms.core.BalancedSoftmax.from_dls`, `BalancedSoftmax.shift`, `Learner`, `backward()`,\n'
        '`Mine`, `mine()`, `True`, `nn.Linear`, `from_dls()`, 5 for $5 and $\\frac{1}{k}$ are as they should be.'),
     code('import torch'), code('#| export\ndef log_prior(counts): "What the loss adds."'), code('class Mine: pass\ndef mine(): pass'),
-    code('mine()', show(text_plain='1', image_png='iVBOR'))]
+    code('#| fig-alt: "A dot: red."\nmine()', show(text_plain='1', image_png='iVBOR'))]
 
 @pytest.fixture(scope='session')
 def clean(tmp_path_factory):
@@ -72,6 +72,7 @@ def test_clean(clean):
     ('[x](99_gone.ipynb)', 'dead link (no such page): [x](99_gone.ipynb)'),
     ('[x](gone.csv)', 'dead link (no such file): [x](gone.csv)'),
     ('<a href="gone.csv">x</a>', 'dead link (no such file)'),
+    ('<iframe src="images/gone.html" title="x"></iframe>', 'dead link (no such file)'),
     ('[x](../settings.ini)', 'outside of nbs/, so not on the site: use https://github.com/balms/balms/blob/main/settings.ini'),
     ('[x](#gone)', 'dead link (no such anchor in nbs/00_core.ipynb): [x](#gone)'),
     ('[x](index.ipynb#gone)', 'dead link (no such anchor in nbs/index.ipynb): [x](index.ipynb#gone)'),
@@ -101,6 +102,14 @@ def test_fault_in_text(repo, text, fault):
 def test_stored_error(repo):
     add(repo, code('f()', error))
     assert Check(repo).faults == ['nbs/00_core.ipynb: stored error in cell 7: ValueError: boom']
+
+@pytest.mark.parametrize('option, n', [('', 2), ('#| fig-alt: ""\n', 2), ('#| fig-alt: [""]\n', 2), ('#| fig-alt: ["", "a", ""]\n', 1), ('#| fig-alt: a\n', 0),
+                                       ('#| echo: false\n#| fig-alt: ["", "a: b", "c"]\n', 0), ('#| output: false\n', 0), ('#| hide\n', 0), ('x = 1\n#| fig-alt: a\n', 2)])
+def test_figure_without_alt_text(repo, option, n):
+    figure = show(text_plain='<Figure>', image_png='iVBOR')
+    add(repo, code(f'{option}mine()', stream('x'), figure, figure))
+    line = 'x = 1' if option.startswith('x') else 'mine()'
+    assert Check(repo).faults == [f'nbs/00_core.ipynb: figure without alt text (#| fig-alt: "..."): {line}']*n
 
 def test_title_cell(repo):
     f = repo/'nbs/00_core.ipynb'; nb = read_nb(f)

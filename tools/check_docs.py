@@ -52,6 +52,16 @@ def nb2md(nb):
             for mime in ('text/markdown', 'text/latex'):
                 if mime in o.get('data', {}): yield ''.join(o['data'][mime]); break
 
+def alt_faults(nb):
+    "Figures among the outputs of a processed notebook that have no alt text: no `#| fig-alt:`, which is one text, or a list with one entry an output."
+    for c in nb.cells:
+        if c.cell_type != 'code' or not is_shown(c): continue
+        head = re.match(r'(\s*#\s*\|.*\n?)*', c.source)[0]
+        alt = yaml.safe_load('\n'.join(re.findall(r'#\s*\|\s*(fig-alt:.*)', head)) or '{}').get('fig-alt')
+        for i, o in enumerate(c.get('outputs', [])):
+            text = alt[i] if isinstance(alt, list) and i < len(alt) else alt
+            if any(k.startswith('image/') for k in o.get('data', {})) and not (isinstance(text, str) and text.strip()): yield c.source[len(head):].partition('\n')[0]
+
 class Page:
     "What can be wrong on one page: its ids, links, images, formulas, names and references."
     def __init__(self, path, text, fmt, nb=None):
@@ -78,6 +88,7 @@ class Page:
             a = dict(re.findall(r'([a-z]+)="([^"]*)"', tag, re.I))
             self.ids |= {a[k] for k in ('id', 'name') if k in a}
             if 'href' in a: self.links.append((a['href'], tag))
+            if tag.lower().startswith('<iframe') and 'src' in a: self.links.append((a['src'], tag))
             if tag.lower().startswith('<img') and 'src' in a: self.images.append((a['src'], a.get('alt', '')))
 
     def _text(self, s):
@@ -221,6 +232,7 @@ class Check:
         except Exception as e:
             self.say(path, f'the site cannot be built ({type(e.__cause__ or e).__name__}: {e.__cause__ or e}); nbdev runs every cell with an import, and those that export or show_doc, but no other', str(e))
             done = process(file, skip=['exec_show_docs'])
+        for line in alt_faults(done): self.say(path, 'figure without alt text (#| fig-alt: "...")', line)
         self.pages[path] = Page(path, '\n\n'.join(nb2md(done)), 'markdown', nb)
 
     def target(self, page, url):
