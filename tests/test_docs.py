@@ -93,6 +93,7 @@ def test_clean(clean):
     ('so $ a $ is', 'makes no formula: so $ a $ is'),
     ('so \\alpha is', 'makes no formula: \\alpha'),
     ('# Again', '2 level-one headings instead of one'),
+    ('| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |', 'table row outside of a table: | 3 | 4 |'),
 ])
 def test_fault_in_text(repo, text, fault):
     add(repo, md(text))

@@ -56,6 +56,26 @@ def test_figure_boundaries_and_errors():
             assert all(x[i] - 1e-4 <= b[0] <= x[i + 1] + 1e-4 for i, b in zip(at, cut)), case
             assert abs(err - want) < 5e-5, case
 
+# --- citations
+
+# "Kang et al. 2020", "Kang et al. (2020", "DeVries and Taylor 2017", "Kakade, Sridharan and Tewari (2008)"
+_cited = re.compile(r"((?:Van |van der )?[A-Z][\w-]+(?:(?:, [A-Z][\w-]+)* and [A-Z][\w-]+| et al\.)) \(?((?:19|20)\d\d)\b")
+
+def sources(path): return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+def test_every_citation_is_in_the_bibliography():
+    entries = re.findall(r'^- \[\]\{#([\w-]+)\}\*\*(.+?)\.\*\*', '\n'.join(sources(root/'nbs/bibliography.ipynb')), re.M)
+    assert len(entries) > 30 and len({k for k, _ in entries}) == len(entries)
+    cited = {(f'{m[1]} {m[2]}', p.name) for p in sorted((root/'nbs').glob('[!_.]*.ipynb')) for s in sources(p) for m in _cited.finditer(s)}
+    assert ('Kang et al. 2020', '11_decoupled.ipynb') in cited
+    missing = {c for c in cited if not any(c[0] == e or c[0].endswith(f', {e}') for _, e in entries)}
+    assert not missing, f'cited, but not in nbs/bibliography.ipynb: {sorted(missing)}'
+
+def test_glossary():
+    "Every term has an anchor and says something; no term twice"
+    terms = re.findall(r'^\[\]\{#([\w-]+)\}\*\*(.+?)\.\*\* (.+)$', '\n'.join(sources(root/'nbs/glossary.ipynb')), re.M)
+    assert len(terms) > 30 and len({k for k, *_ in terms}) == len({t for _, t, _ in terms}) == len(terms) and all(len(d) > 30 for *_, d in terms)
+
 # --- in a browser, by the WebDriver protocol
 
 class Browser:

@@ -66,7 +66,7 @@ class Page:
     "What can be wrong on one page: its ids, links, images, formulas, names and references."
     def __init__(self, path, text, fmt, nb=None):
         self.path, self.nb = path, nb
-        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray = set(), [], [], [], [], [], []
+        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray, self.rows = set(), [], [], [], [], [], [], []
         for o in nodes(pandoc(text, fmt)):
             t, c = o['t'], o.get('c')
             if t == 'Header': self.ids.add(c[1][0])
@@ -80,6 +80,7 @@ class Page:
                 if c[1].startswith(r'\begin'): self.maths.append((True, c[1].strip()))
                 else: self.stray.append(c[1])
             elif t in ('RawInline', 'RawBlock') and c[0] == 'html': self._html(c[1])
+            elif t == 'LineBlock': self.rows.append('| ' + flat(c))     # what pandoc takes a row without a head for
             elif t in ('Para', 'Plain'): self._text(flat([i for i in c if i['t'] in ('Str', 'Space', 'SoftBreak')]))
         self.ids.discard('')
 
@@ -94,6 +95,7 @@ class Page:
     def _text(self, s):
         self.ids |= set(re.findall(r'\{#(eq-[\w-]+)\}', s))
         if re.search(r'\$(?!\d)', s): self.stray.append(s)           # pandoc made no formula of it
+        if re.match(r'\|.*\|$', s): self.rows.append(s)               # nor a table row of this
 
 # --- names
 
@@ -267,6 +269,7 @@ class Check:
             if re.match(r'(eq|fig|tbl|sec)-', ref) and ref not in p.ids: self.say(p.path, 'reference to nothing', f'@{ref}')
         for _, tex in p.maths:
             if unbalanced(tex): self.say(p.path, 'formula with unbalanced braces', tex)
+        for s in p.rows: self.say(p.path, 'table row outside of a table', s)
         for s in p.stray: self.say(p.path, 'TeX or a dollar sign that makes no formula', s)
 
     def mathjax(self, folder):
