@@ -23,6 +23,7 @@ index = [
     md('# balms\n\n> A promise.'), code('#| hide\nsecret = 1'),
     md('See [the shift](00_core.ipynb#the-shift), `log_prior` and ![a dot](images/a.png){width=3}. In code: `[x](y.md)`.\n\n'
        '## Use {#use}\n\nAn equation $a_1$ and\n\n$$b$$ {#eq-b}\n\n::: {.callout-note}\nNote.\n:::\n\n'
+       '::: {.content-visible when-format="html"}\n\n```{=html}\n<iframe src="images/a.png" title="a"></iframe>\n```\n\n:::\n\n::: {.content-hidden when-format="html"}\n\nStill.\n\n:::\n\n'
        '<!-- command: run -->\n```bash\nbalms_train  # [x](y.md)\n```\n\n<!-- command: test -->\n```bash\nnbdev_test\npytest\n```'),
     code('print("hi")', stream('hi\n')), code('#| echo: false\nprint("there")', stream('there\n')),
     code('#| eval: false\ngo()'), code('#| output: false\nstep()', stream('noise\n')), code('x', show(text_plain='3', text_markdown='**3**'))]
@@ -65,7 +66,7 @@ def test_clean(clean):
     before = {p: p.stat().st_mtime_ns for p in clean.rglob('*')}
     check = Check(clean)
     assert check.faults == []
-    assert check.counts() == '4 pages, 11 links, 6 formulas checked'
+    assert check.counts() == '4 pages, 12 links, 6 formulas checked'
     assert {p: p.stat().st_mtime_ns for p in clean.rglob('*')} == before      # nothing is left behind
 
 @pytest.mark.parametrize('text, fault', [
@@ -92,6 +93,7 @@ def test_clean(clean):
     ('$$a = b', 'makes no formula: $$a = b'),
     ('so $ a $ is', 'makes no formula: so $ a $ is'),
     ('so \\alpha is', 'makes no formula: \\alpha'),
+    ('see [`log_prior`](index.ipynb#use)', 'link within a link (backticks in its text are one already): [log_prior]'),
     ('# Again', '2 level-one headings instead of one'),
     ('| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |', 'table row outside of a table: | 3 | 4 |'),
 ])
@@ -181,6 +183,8 @@ An equation $a_1$ and
 $$b$$
 
 Note.
+
+Still.
 
 <!-- command: run -->
 ```bash

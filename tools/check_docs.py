@@ -52,15 +52,20 @@ def nb2md(nb):
             for mime in ('text/markdown', 'text/latex'):
                 if mime in o.get('data', {}): yield ''.join(o['data'][mime]); break
 
+def _head(cell): return re.match(r'(\s*#\s*\|.*\n?)*', cell.source)[0]
+
+def figure_alt(cell, i):
+    "Alt text of output `i` of a processed cell, or '': the option `fig-alt`, one text for all outputs or, as Quarto reads a list, one entry an output."
+    alt = yaml.safe_load('\n'.join(re.findall(r'#\s*\|\s*(fig-alt:.*)', _head(cell))) or '{}').get('fig-alt')
+    if isinstance(alt, list): alt = alt[i] if i < len(alt) else ''
+    return alt.strip() if isinstance(alt, str) else ''
+
 def alt_faults(nb):
-    "Figures among the outputs of a processed notebook that have no alt text: no `#| fig-alt:`, which is one text, or a list with one entry an output."
+    "The first line of code of every figure without an alt text in a processed notebook"
     for c in nb.cells:
         if c.cell_type != 'code' or not is_shown(c): continue
-        head = re.match(r'(\s*#\s*\|.*\n?)*', c.source)[0]
-        alt = yaml.safe_load('\n'.join(re.findall(r'#\s*\|\s*(fig-alt:.*)', head)) or '{}').get('fig-alt')
         for i, o in enumerate(c.get('outputs', [])):
-            text = alt[i] if isinstance(alt, list) and i < len(alt) else alt
-            if any(k.startswith('image/') for k in o.get('data', {})) and not (isinstance(text, str) and text.strip()): yield c.source[len(head):].partition('\n')[0]
+            if any(k.startswith('image/') for k in o.get('data', {})) and not figure_alt(c, i): yield c.source[len(_head(c)):].partition('\n')[0]
 
 class Page:
     "What can be wrong on one page: its ids, links, images, formulas, names and references."
@@ -256,6 +261,7 @@ class Check:
 
     def page(self, p):
         for url, text in p.links:
+            if '](' in text: self.say(p.path, 'link within a link (backticks in its text are one already)', text)
             if why := self.target(p, url):
                 auto = url.startswith(self.site) and '#' in url
                 self.say(p.path, f'dead link ({why})', f'[{text}]({url})' + auto*' (where nbdev made it from backticks: document the name with show_doc, or put spaces inside the backticks)')
