@@ -76,6 +76,43 @@ def test_glossary():
     terms = re.findall(r'^\[\]\{#([\w-]+)\}\*\*(.+?)\.\*\* (.+)$', '\n'.join(sources(root/'nbs/glossary.ipynb')), re.M)
     assert len(terms) > 30 and len({k for k, *_ in terms}) == len({t for _, t, _ in terms}) == len(terms) and all(len(d) > 30 for *_, d in terms)
 
+# --- the front door
+
+def test_one_version():
+    "settings.ini, the package, the changelog and the citation file name one version"
+    import balms
+    from configparser import ConfigParser
+    ini = ConfigParser(delimiters=['=']); ini.read(root/'settings.ini')
+    version = ini['DEFAULT']['version']
+    assert balms.__version__ == version
+    assert re.search(r'^## (\S+)', (root/'CHANGELOG.md').read_text(), re.M)[1] == version
+    assert yaml_of('CITATION.cff')['version'] == version
+
+def yaml_of(path): return pytest.importorskip('yaml', reason='PyYAML is part of the developer environment').safe_load((root/path).read_text(encoding='utf-8'))
+
+def test_citation_file():
+    cff = yaml_of('CITATION.cff')
+    assert cff['cff-version'] == '1.2.0' and cff['type'] == 'software' and cff['title'] and cff['message'] and cff['authors'] and cff['license'] == 'Apache-2.0'
+    paper, = cff['references']
+    assert paper['type'] == 'conference-paper' and len(paper['authors']) == 7 and '2007.10740' in paper['url']
+
+@pytest.mark.parametrize('name', ['bug', 'question', 'method'])
+def test_issue_template(name):
+    form = yaml_of(f'.github/ISSUE_TEMPLATE/{name}.yml')
+    assert form['name'] and form['description'] and form['labels']
+    asked = [o for o in form['body'] if o['type'] != 'markdown']
+    assert asked and all(o['attributes']['label'] and o['type'] in ('textarea', 'input', 'dropdown') for o in asked)
+    assert len({o['id'] for o in asked}) == len(asked) and any(o.get('validations', {}).get('required') for o in asked)
+
+def test_workflows_are_pinned():
+    for name in ('test', 'deploy'):
+        job, = yaml_of(f'.github/workflows/{name}.yaml')['jobs'].values()
+        for step in job['steps']:
+            assert 'run' in step or re.search(r'@v\d|@[0-9a-f]{40}$', step['uses']), step
+            if 'setup-python' in step.get('uses', ''): assert step['with']['python-version']
+            if 'quarto' in step.get('uses', ''): assert re.fullmatch(r'\d+\.\d+\.\d+', step['with']['version'])
+    assert yaml_of('.github/workflows/deploy.yaml')['jobs']['deploy']['runs-on'] != 'ubuntu-latest'      # what is published comes from a known system
+
 # --- in a browser, by the WebDriver protocol
 
 class Browser:
