@@ -177,11 +177,30 @@ def test_figure_in_a_browser():
         b.open('about:blank'); b.open(figure.as_uri() + '#n=0,x,50&tau=99'); assert close(b.shown(), (n, q, 1)) or b.text('#n2-out') == '50'
         assert not b.call('POST', '/se/log', type='browser')          # no error, no warning
 
-def test_figure_fits_a_phone():
-    with Browser(size=(500, 900)) as b:
-        b.open('data:text/html,' + urllib.request.quote(f'<body style="margin:0"><p>x</p>'))
-        b.open(figure.as_uri())
-        assert b.js('return document.documentElement.scrollWidth <= window.innerWidth')
+def test_figure_in_a_page(tmp_path):
+    "In a page of its own site the frame becomes as high as the figure, on a phone too, and nothing is wider than the page"
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+    shutil.copy(figure, tmp_path)
+    (tmp_path/'index.html').write_text('<body style="margin: 0"><iframe src="label_shift.html" style="width: 100%; height: 700px; border: 0"></iframe>')
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        heights = []
+        try:
+            for width in (500, 1000):
+                with Browser(size=(width, 900)) as b:
+                    b.open(f'http://127.0.0.1:{server.server_port}/index.html')
+                    inside = 'document.querySelector("iframe").contentDocument.documentElement'
+                    for _ in range(50):
+                        if b.js('return document.querySelector("iframe").style.height') != '700px': break
+                        time.sleep(.1)
+                    heights.append(int(b.js('return document.querySelector("iframe").style.height').removesuffix('px')))
+                    assert b.js(f'return {inside}.scrollHeight <= {inside}.clientHeight + 1 && {inside}.scrollWidth <= {inside}.clientWidth')
+        finally: server.shutdown()
+    assert heights[0] > 900 > heights[1] > 500 and heights[1] != 700, heights
 
 def test_figure_without_scripts():
     with Browser(scripts=False) as b:
