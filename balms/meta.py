@@ -528,7 +528,7 @@ class MetaSampler(_Meta):
     def __init__(self,
         estimator:str='gumbel', # 'gumbel', the paper's straight-through estimator, or 'expected', which is exact in expectation
         tau:float=1., # Temperature of the soft draws
-        **kwargs
+        **kwargs # Of `MetaReweighter`
     ):
         if estimator not in self.estimators: raise ValueError(f"estimator must be 'gumbel' or 'expected', not {estimator!r}")
         if not tau > 0: raise ValueError(f'tau must be positive, not {tau}')
