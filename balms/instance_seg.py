@@ -9,7 +9,6 @@ __all__ = ['SEG_METHODS', 'TABLE4', 'ClassPredictor', 'LossHeads', 'use_loss', '
 
 # %% ../nbs/14_instance_seg.ipynb #1dac19c3
 import math, torch, torch.nn.functional as F
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -23,15 +22,16 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FrozenBatchNorm2d, boxes as box_ops
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from fastcore.basics import patch
 from .baselines import LDAM, CosineLinear, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, class_weights, effective_number
-from .core import BalancedSigmoid, _Sigmoid, _few, _positive
+from .core import BalancedSigmoid, _Loss, _Sigmoid
 from .decoupled import ScaledLinear, _head_opt, trained
 from .metrics import COLORS, _axis
 from .lvis import InstanceAP
-from .meta import ClassRates, _average, closed_form_credit, inner_step, weight_gradient
+from .meta import ClassRates, _Meta, _average, closed_form_credit, inner_step, weight_gradient
+from .scale import Ranks
 
 # %% ../nbs/14_instance_seg.ipynb #fa13100d
 class ClassPredictor(FastRCNNPredictor):
@@ -58,16 +58,19 @@ class ClassPredictor(FastRCNNPredictor):
 # %% ../nbs/14_instance_seg.ipynb #3ec8899d
 class LossHeads(RoIHeads):
     "torchvision's `RoIHeads` with any classification loss that gives one number a region"
-    _loss = row_weights = watch = None                               # (loss,); labels -> weights (N,); called with features, logits and labels of the regions
+    _loss = _labels = row_weights = watch = None                     # (loss,); of the regions; labels -> weights (N,); called with features, logits and labels
     classifier_only = False                                          # no masks in training: their head is not trained
     @property
     def loss_func(self): return self._loss[0]
-    def set_loss(self, loss_func:nn.Module): # Called with logits and class indices, `reduction='none'`
-        "Train the box classifier with `loss_func`. Raises `ValueError` if it has another reduction, or if the classifier has a background logit and the loss none, or the other way round"
-        if getattr(loss_func, 'reduction', 'none') != 'none': raise ValueError(f"{type(loss_func).__name__} must have reduction='none': the heads need one number a region, not {loss_func.reduction!r}")
-        if isinstance(loss_func, _Sigmoid) and self.box_predictor.background and getattr(loss_func, 'kind', 'sigmoid') != 'softmax': raise ValueError(f'{type(loss_func).__name__} is for a classifier without a background logit')
-        if not isinstance(loss_func, _Sigmoid) and not self.box_predictor.background: raise ValueError(f'{type(loss_func).__name__} needs a classifier with a background logit: mask_rcnn(..., background=True)')
-        self._loss = loss_func.to(next(self.parameters()).device),   # in a tuple: its buffers are no part of the model's weights
+    def set_loss(self, loss_func:nn.Module): # Called with logits and class indices, `reduction='none'`; its `activation` gives the scores
+        "Train the box classifier with `loss_func`. Raises `TypeError` or `ValueError` for one that does not fit it"
+        name, head = type(loss_func).__name__, self.box_predictor
+        if not isinstance(loss_func, nn.Module) or not hasattr(loss_func, 'activation'): raise TypeError(f'{name}: the heads need a module with `activation`, which gives the scores of logits, such as the losses of this package')
+        if getattr(loss_func, 'reduction', 'none') != 'none': raise ValueError(f"{name} must have reduction='none': the heads need one number a region, not {loss_func.reduction!r}")
+        if isinstance(loss_func, _Loss) and isinstance(loss_func, _Sigmoid) == head.background: raise ValueError(f'{name} needs a classifier {"without a" if head.background else "with a"} background logit: use_loss makes one')
+        k, shift = head.cls_score.out_features, getattr(loss_func, 'shift', None)
+        if shift is not None and len(shift) != k: raise ValueError(f'{name} is for {len(shift)} classes, the classifier has {k} outputs')
+        self._loss = loss_func.to(head.cls_score.weight.device),     # in a tuple: its buffers are no part of the model's weights
     def _apply(self, fn, recurse=True):
         if self._loss: self.loss_func._apply(fn)
         return super()._apply(fn, recurse)
@@ -126,10 +129,10 @@ def use_loss(
     model:nn.Module, # A Faster or Mask R-CNN of torchvision
     num_classes:int, # k, without background
     loss_func:nn.Module=None, # Of the box classifier, with `reduction='none'`; default: plain sigmoid loss
-    *, background:bool=None, # A background logit; default: as the loss needs it
+    *, background:bool=None, # A background logit; default: none for the sigmoid losses of this package
     prior:float=.001, # What each sigmoid says at the start
     head:type=nn.Linear, # Class of the classifier
-) -> nn.Module: # `model`, with a new box predictor
+) -> nn.Module: # `model`, with a new box predictor, and a new mask predictor if it had another number of classes
     "Let the box head of a detector of torchvision classify with `loss_func`. Raises `TypeError` for a network without such a head"
     if not isinstance(getattr(model, 'roi_heads', None), RoIHeads): raise TypeError(f'{type(model).__name__} has no RoIHeads: this is for Faster and Mask R-CNN of torchvision. For dense heads see the page on other detectors')
     loss_func = loss_func or SigmoidFocalLoss(gamma=0., alpha=None, reduction='none')
@@ -137,6 +140,8 @@ def use_loss(
     heads, old = model.roi_heads, model.roi_heads.box_predictor
     heads.box_predictor = ClassPredictor(old.bbox_pred.in_features, num_classes, background, prior, head).to(old.bbox_pred.weight.device)
     if heads.box_predictor.bbox_pred.weight.shape == old.bbox_pred.weight.shape: heads.box_predictor.bbox_pred.load_state_dict(old.bbox_pred.state_dict())
+    if (masks := heads.mask_predictor) is not None and masks.mask_fcn_logits.out_channels != num_classes + 1:
+        heads.mask_predictor = MaskRCNNPredictor(masks.conv5_mask.in_channels, masks.conv5_mask.out_channels, num_classes + 1).to(old.bbox_pred.weight.device)
     heads.__class__ = LossHeads
     heads.set_loss(loss_func)
     return model
@@ -144,11 +149,11 @@ def use_loss(
 # %% ../nbs/14_instance_seg.ipynb #ceef86b7
 def _backbone(name, weights, norm_layer, trainable_layers, width):
     "A ResNet of torchvision with a feature pyramid, frozen but for its last layers"
+    if not name.startswith(('resnet', 'resnext', 'wide_resnet')): raise ValueError(f'backbone must be a ResNet of torchvision, not {name!r}')
+    if not 0 <= trainable_layers <= 5: raise ValueError(f'trainable_layers must be 0 to 5, not {trainable_layers}')
     body = get_model(name, weights=weights, norm_layer=norm_layer)
-    if not hasattr(body, 'layer4'): raise ValueError(f'backbone must be a ResNet of torchvision, not {name!r}')
-    trained = ['layer4', 'layer3', 'layer2', 'layer1', 'conv1', 'bn1'][:6 if trainable_layers == 5 else trainable_layers]
-    for n, p in body.named_parameters(): p.requires_grad_(any(n.startswith(t) for t in trained))
-    channels = [[m for m in getattr(body, f'layer{i}').modules() if isinstance(m, nn.Conv2d)][-1].out_channels for i in range(1, 5)]
+    trained = ('layer4', 'layer3', 'layer2', 'layer1', 'conv1', 'bn1')[:6 if trainable_layers == 5 else trainable_layers]
+    for n, p in body.named_parameters(): p.requires_grad_(n.startswith(trained))
     channels = [body.fc.in_features//2**i for i in (3, 2, 1, 0)]
     return BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, width)
 
@@ -183,7 +188,7 @@ class SegMethod:
     title: str # As in the table
     loss: object # (image counts (k,), number of images) -> loss with `reduction='none'`
     stage1: str = None # The method whose network it starts from: its box classifier alone is trained again
-    weights: object = None # Image counts -> fixed weights (k,) of the losses of foreground regions
+    weights: object = None # Image counts -> fixed weights (k,) of the losses of foreground regions, up to a factor
     meta: bool = False # The Meta Reweighter learns these weights
     scales: bool = False # Stage 2 trains one scale a class (LWS)
     background: bool = False # A softmax, with a logit for background
@@ -212,20 +217,19 @@ TABLE4 = dict( # Ren et al. 2020, Table 4, LVIS v0.5 validation: mask AP, of fre
     ldam = (24.1, 26.3, 25.3, 14.6, 24.5), lws = (23.8, 26.8, 24.4, 14.4, 24.1), eql = (25.2, 26.6, 27.3, 14.6, 25.7), bs = (26.3, 28.8, 27.3, 16.2, 27.0), balms = (27.0, 27.5, 28.9, 19.6, 27.6),
 )
 
-# %% ../nbs/14_instance_seg.ipynb #84f53ad4
+# %% ../nbs/14_instance_seg.ipynb #985c2c49
 def region_weights(
     labels:Tensor, # Of regions (N,), 0 for background, else 1..k
     weights:Tensor, # Of the classes (k,), at least 0
-    average=None, # Called with the mean weight of the foreground: its mean over ranks
-    normalize:bool=True, # Divide by the mean weight of the foreground regions
+    average=None, # Called with a tensor of two sums: their means over ranks
 ) -> Tensor: # (N,)
-    "The weight of each region: 1 for background, that of its class for foreground, of mean 1 (Ren et al. 2020, supplement B.2)"
+    "The weight of each region: 1 for background, that of its class for foreground, of mean 1 over the foreground (Ren et al. 2020, supplement B.2)"
     a, fg = torch.cat([weights.new_ones(1), weights])[labels], labels > 0
-    if not normalize: return a
-    mean = (a*fg).sum()/fg.sum().clamp_min(1)
-    return torch.where(fg, a/(average(mean) if average else mean).clamp_min(torch.finfo(a.dtype).tiny), a)
+    sums = torch.stack([(a*fg).sum(), fg.sum().to(a.dtype)])
+    if average: sums = average(sums)                                 # of all ranks: they have different numbers of foreground regions
+    return torch.where(fg, a*sums[1]/sums[0].clamp_min(torch.finfo(a.dtype).tiny), a)
 
-# %% ../nbs/14_instance_seg.ipynb #233e5197
+# %% ../nbs/14_instance_seg.ipynb #3ca1b5e6
 def sum_losses(
     pred, # What a detector of torchvision gives: a dictionary of losses in training, else detections
     *_ # The image ids, which have no part in it
@@ -246,24 +250,25 @@ class InstanceSeg(Callback):
         self.n += 1
     def after_train(self): self.losses.append({k: v/max(self.n, 1) for k, v in self.sums.items()})
 
-# %% ../nbs/14_instance_seg.ipynb #a83b1feb
+# %% ../nbs/14_instance_seg.ipynb #f74a988e
 def box_classifier(
     model:nn.Module, # A detector, also wrapped in `DistributedDataParallel`
 ) -> nn.Module:
     "The layer that classifies regions"
     return getattr(model, 'module', model).roi_heads.box_predictor.cls_score
 
-@torch.inference_mode()
 def detect(
     model:nn.Module, # A detector of torchvision
-    dl, # Loader of images and targets, see `instance_dls`
-) -> list: # Of (detections, image ids), one a batch
-    "Detections of all images, on the CPU"
-    training, found = model.training, []
+    dl, # Loader of images, targets and ids, see `instance_dls`
+): # Yields (detections, image ids)
+    "Detections of one batch after the other, in evaluation mode; masks are too large to keep those of many images"
+    training = model.training
     model.eval()
-    for images, _, ids in dl: found.append((to_device(model(images), 'cpu'), ids.tolist()))
-    model.train(training)
-    return found
+    try:
+        for images, _, ids in dl:
+            with torch.inference_mode(): found = model(images)
+            yield found, ids.tolist()
+    finally: model.train(training)
 
 def average_precision(
     model:nn.Module, # A detector of torchvision
@@ -275,39 +280,44 @@ def average_precision(
     for outputs, ids in detect(model, dl): ap.add(outputs, ids)
     return ap.compute()
 
-# %% ../nbs/14_instance_seg.ipynb #bd7c5319
+# %% ../nbs/14_instance_seg.ipynb #69b47c85
 class BoxClassifierOnly(Callback):
     "Train the box classifier alone: nothing else has gradients, batch normalisation is in evaluation mode, and the mask head does not run in training"
-    order, run_valid = 40, False
-    before = ()
+    order, run_valid, before = 40, False, None
+    @property
+    def learn(self): return self.__dict__.get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        if learn is None and self.before: self.after_fit()            # taken out of the learner, also after an error
+        self.__dict__['_learn'] = learn
+    def _net(self): return getattr(self.model, 'module', self.model)
     def before_fit(self):
-        net = getattr(self.model, 'module', self.model)
-        self.before, own = {p: p.requires_grad for p in net.parameters()}, set(trained(box_classifier(net)))
+        own = set(trained(box_classifier(self.model)))
+        self.before = self.before or {p: p.requires_grad for p in self._net().parameters()}     # after an error they are those of the fit before
         for p in self.before: p.requires_grad_(p in own)
-        net.roi_heads.classifier_only = True
+        self._net().roi_heads.classifier_only = True
     def before_train(self):
         for m in self.model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     def after_fit(self):
-        for p, rg in dict(self.before).items(): p.requires_grad_(rg)
-        getattr(self.model, 'module', self.model).roi_heads.classifier_only = False
-        self.before = ()
+        for p, rg in self.before.items(): p.requires_grad_(rg)
+        self._net().roi_heads.classifier_only, self.before = False, None
 
 def box_classifier_learner(
     learn:Learner, # A trained detector
     loss_func:nn.Module, # Of stage 2, with `reduction='none'`
     scales:bool=False, # Train one scale a class in place of the weights (LWS)
 ) -> Learner: # `learn`, with the loss, an optimiser for the box classifier alone, and `BoxClassifierOnly`
-    "Make stage 2 of a trained detector"
-    heads = learn.model.roi_heads
-    if scales and not isinstance(heads.box_predictor.cls_score, ScaledLinear): heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
+    "Make stage 2 of a trained detector. To train all of it again, remove `BoxClassifierOnly` and call `learn.create_opt()`"
+    heads = getattr(learn.model, 'module', learn.model).roi_heads
     heads.set_loss(loss_func)
+    if scales and not isinstance(heads.box_predictor.cls_score, ScaledLinear): heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
     heads.row_weights = heads.watch = None
     learn.opt = _head_opt(learn, box_classifier(learn.model))
-    learn.add_cb(BoxClassifierOnly())
+    if not any(isinstance(cb, BoxClassifierOnly) for cb in learn.cbs): learn.add_cb(BoxClassifierOnly())
     return learn
 
-# %% ../nbs/14_instance_seg.ipynb #c574078e
+# %% ../nbs/14_instance_seg.ipynb #87b7f9bd
 def sigmoid_residual(
     logits:Tensor, # (m, k)
     targets:Tensor, # Class indices (m,), k for background
@@ -334,7 +344,7 @@ def reweighting_gradient(
     credit = closed_form_credit(params, features[fg], dlogits[fg], meta_features, (meta_labels - 1) % (k + 1), step, grads, average, sigmoid_residual)
     return weight_gradient(credit, labels[fg] - 1, weights[fg], k, average)
 
-# %% ../nbs/14_instance_seg.ipynb #4c9e3f99
+# %% ../nbs/14_instance_seg.ipynb #8d9929be
 class RoIReweighter(Callback):
     "Weighs the loss of foreground regions by class, with weights that it learns: the Meta Reweighter for a detector's box classifier (Ren et al. 2020, supplement B.2)"
     order, run_valid = 60, False
@@ -347,20 +357,22 @@ class RoIReweighter(Callback):
     ):
         if inner not in ('optimizer', 'sgd'): raise ValueError(f"inner must be 'optimizer' or 'sgd', not {inner!r}")
         self.adam, self.inner, self.meta_dl, self.record = dict(lr=lr, betas=betas), inner, meta_dl, record
-        self.psi, self.history, self.n_steps, self.meta, self.now, self.pending, self.batches = None, [], 0, None, None, None, None
+        self.psi = self.meta = self.now = self.pending = self.batches = self.about = self.trying = None
+        self.history, self.n_steps = [], 0
 
     @property
-    def heads(self): return getattr(self.model, 'module', self.model).roi_heads
-    def before_train(self):
-        if self.psi is None:
-            self._check()
-            head = box_classifier(self.model)
-            self.psi = ClassRates(torch.ones(head.out_features), count_pow=0.).to(head.weight.device)
-            self.psi_opt = torch.optim.Adam(self.psi.parameters(), **self.adam)
-        if self.pending: self.load_state_dict(self.pending)
-        self.heads.row_weights, self.heads.watch = self.weights, self._keep
+    def learn(self): return self.__dict__.get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        if learn is None: self._release()                             # taken out of the learner, also after an error
+        self.__dict__['_learn'] = learn
+    def _net(self): return getattr(self.model, 'module', self.model)
+    def _release(self):
+        if self.learn is not None and (heads := getattr(self._net(), 'roi_heads', None)) is not None and getattr(heads.watch, '__self__', None) is self: heads.row_weights = heads.watch = None
+        self.now = self.batches = None
     def after_fit(self):
-        self.heads.row_weights = self.heads.watch = self.now = self.batches = None
+        self._release()
+        if self.trying: self.load_state_dict(self.trying); self.trying = None
 
     def weights(self, labels:Tensor) -> Tensor: # (N,)
         "The weights of regions with these labels"
@@ -368,56 +380,72 @@ class RoIReweighter(Callback):
     def _keep(self, features, logits, labels):
         if logits.requires_grad: logits.retain_grad()
         self.now = features.detach(), logits, labels
+    _amp, _scale = _Meta._amp, _Meta._scale                           # of mixed precision
 
-# %% ../nbs/14_instance_seg.ipynb #1238456e
+# %% ../nbs/14_instance_seg.ipynb #2b07f677
 @patch
 def _check(self:RoIReweighter):
     "Raise `ValueError` for what cannot work"
-    net = getattr(self.model, 'module', self.model)
+    net = self._net()
+    for cb in self.learn.cbs:
+        if isinstance(cb, GradientAccumulation): raise ValueError('RoIReweighter takes each batch for one step: use a larger bs in place of GradientAccumulation')
+        if isinstance(cb, RoIReweighter) and cb is not self: raise ValueError('Two RoIReweighters cannot train together: one of them')
     if not isinstance(getattr(net, 'roi_heads', None), LossHeads): raise ValueError('RoIReweighter needs a detector with LossHeads: see use_loss')
     head = box_classifier(net)
-    if self.heads.box_predictor.background or type(head) is not nn.Linear: raise ValueError('RoIReweighter is for sigmoids on one linear layer: a classifier without background logit, scales or cosines')
-    if {p for p in net.parameters() if p.requires_grad} != set(head.parameters()): raise ValueError('RoIReweighter has a closed form for the box classifier, so that must be all that is trained: use box_classifier_learner, or BoxClassifierOnly')
+    if net.roi_heads.box_predictor.background or type(head) is not nn.Linear: raise ValueError('RoIReweighter is for sigmoids on one linear layer: a classifier without background logit, scales or cosines')
+    if {p for p in net.parameters() if p.requires_grad} != set(head.parameters()):
+        raise ValueError('RoIReweighter has a closed form for the box classifier, so that must be all that is trained: use box_classifier_learner, or BoxClassifierOnly')
 
+@patch
+def before_train(self:RoIReweighter):
+    self._check()
+    net, head = self._net(), box_classifier(self.model)
+    about = net, head.weight.device, head.out_features
+    if self.about is None or self.about[0] is not net or self.about[1:] != about[1:]:            # the first fit, or that of another network
+        self.psi = ClassRates(torch.ones(head.out_features), count_pow=0.).to(head.weight.device)
+        self.psi_opt = torch.optim.Adam(self.psi.parameters(), **self.adam)
+        self.meta, self.history, self.n_steps, self.about = None, [], 0, about
+    if self.pending: self.load_state_dict(self.pending)
+    if hasattr(self.learn, 'lr_finder') and not self.trying: self.trying = deepcopy(self.state_dict())
+    net.roi_heads.row_weights, net.roi_heads.watch = self.weights, self._keep
+
+# %% ../nbs/14_instance_seg.ipynb #63372a5a
 @patch
 def _meta_regions(self:RoIReweighter):
     "Features and labels of meta regions, or None in the first step"
     if self.meta_dl is None: return self.meta
     batch = next(self.batches, None) if self.batches else None
-    if batch is None: self.batches = iter(self.meta_dl); batch = next(self.batches)
-    images, targets, _ = batch
-    kept, self.heads.watch, self.heads.row_weights = [], lambda *rows: kept.extend(rows), None
-    try: getattr(self.model, 'module', self.model)(images, targets)
-    finally: self.heads.watch, self.heads.row_weights = self._keep, self.weights
+    if batch is None: self.batches = iter(self.meta_dl); batch = next(self.batches, None)
+    if batch is None: raise ValueError('meta_dl has no batches')
+    heads, kept = self._net().roi_heads, []
+    heads.watch, heads.row_weights = lambda *rows: kept.extend(rows), None
+    try:
+        with self._amp(): self._net()(*batch[:2])
+    finally: heads.watch, heads.row_weights = self._keep, self.weights
     return kept[0], kept[2]
 
 @patch
 @torch.no_grad()
 def after_backward(self:RoIReweighter):
-    features, logits, labels = self.now
-    meta, head = self._meta_regions(), box_classifier(self.model)
-    params, scale = list(head.parameters()), self._scale()
+    (features, logits, labels), scale = self.now, self._scale()
+    if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
+    meta, params = self._meta_regions(), list(box_classifier(self.model).parameters())
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
-        g = reweighting_gradient(params, features.to(params[0].dtype), (logits.grad/scale).to(params[0].dtype), labels, self.weights(labels).to(params[0].dtype),
-                                 meta[0].to(params[0].dtype), meta[1], partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params], _average)
+        wide = lambda t: t.to(params[0].dtype)
+        g = reweighting_gradient(params, wide(features), wide(logits.grad/scale), labels, wide(self.weights(labels)), wide(meta[0]), meta[1],
+                                 partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params], _average)
         if g.isfinite().all():                                       # not in a step that overflowed in half precision
             self.psi.w.grad = g.to(self.psi.w.dtype)*(1 - self.psi.r)
             self.psi_opt.step()
-    if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
     self.n_steps, self.meta, self.now = self.n_steps + 1, (features, labels), None
 
-@patch
-def _scale(self:RoIReweighter):
-    "Loss scale of mixed precision"
-    scaler = getattr(self.learn, 'scaler', None) if hasattr(self.learn, 'mixed_precision') else None
-    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
-
-# %% ../nbs/14_instance_seg.ipynb #5b3353e7
+# %% ../nbs/14_instance_seg.ipynb #7cd0726a
 @patch
 def state_dict(self:RoIReweighter) -> dict:
-    "The weights, Adam's state, the meta regions to come and the history, for `load_state_dict` of a new callback before its first fit"
+    "The weights, Adam's state, the meta regions to come or the state of `meta_dl`, and the history. On several ranks all must call it"
     if self.psi is None: raise ValueError('RoIReweighter has no state before its first fit')
-    return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), meta=None if self.meta is None else list(self.meta), n_steps=self.n_steps, history=list(self.history))
+    own = dict(meta=None if self.meta is None else [t.cpu() for t in self.meta], dl=self.meta_dl.state_dict() if hasattr(self.meta_dl, 'state_dict') else None)
+    return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), each=Ranks().gather(own), n_steps=self.n_steps, history=list(self.history))
 
 @patch
 def load_state_dict(self:RoIReweighter, s:dict):
@@ -427,17 +455,21 @@ def load_state_dict(self:RoIReweighter, s:dict):
     if len(s['w']) != len(self.psi.w): raise ValueError(f"The saved weights are of {len(s['w'])} classes, the box classifier has {len(self.psi.w)}")
     with torch.no_grad(): self.psi.w.copy_(s['w'])
     self.psi_opt.load_state_dict(s['adam'])
-    self.meta = None if s['meta'] is None else tuple(t.to(self.psi.w.device) for t in s['meta'])
+    own = s['each'][Ranks().rank]
+    self.meta = None if own['meta'] is None else tuple(t.to(self.psi.w.device) for t in own['meta'])
+    if own['dl'] is not None: self.meta_dl.load_state_dict(own['dl']); self.batches = None
     self.n_steps, self.history = s['n_steps'], list(s['history'])
 
 @patch
 def plot(self:RoIReweighter,
     counts, # By which classes are sorted, such as image counts (k,)
-    ax=None, title='Learned r_c by class'
+    ax=None, # matplotlib axis; default: a new one
+    title:str='Learned r_c by class', # Of the axis
 ):
     "r_c of each class from common to rare, at the start and at the end"
-    order = _positive(torch.as_tensor(counts).clamp_min(1e-9)).argsort(descending=True, stable=True)
+    if self.psi is None: raise ValueError('RoIReweighter has learned nothing before its first fit')
+    order = torch.as_tensor(counts).argsort(descending=True, stable=True)
     ax = _axis(ax, title, xlabel='class, from common to rare', ylabel='r')
-    for i, (step, r) in enumerate([*self.history[:1], (self.n_steps, self.psi.r.cpu())]): ax.plot(r[order], color=COLORS[(0, 1)[i]], lw=1.5, label=f'step {step:,}')
+    for i, (step, r) in enumerate([*self.history[:1], (self.n_steps, self.psi.r.cpu())]): ax.plot(r[order], color=COLORS[(1, 0)[i]], lw=1.5, label=f'step {step:,}')
     ax.legend(frameon=False, fontsize=8)
     return ax

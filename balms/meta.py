@@ -571,7 +571,7 @@ def weight_gradient(
     sums = credit.new_zeros(2, num_classes + 1)
     for row, v in zip(sums, (credit, weights.to(credit.dtype))): row[:-1].index_add_(0, classes, v); row[-1] = v.sum()
     if average: sums = average(sums)
-    return sums[0, :-1] - sums[0, -1]/sums[1, -1]*sums[1, :-1]
+    return sums[0, :-1] - sums[0, -1]/sums[1, -1].clamp_min(torch.finfo(sums.dtype).tiny)*sums[1, :-1]             # 0 where nothing has a weight
 
 class MetaReweighter(_Meta):
     "Weighs the loss of each sample by its class, with weights that it learns against a class-balanced meta set (Ren et al. 2020, supplement B.2)"

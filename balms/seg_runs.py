@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
-from .instance_seg import SEG_METHODS, TABLE4, InstanceSeg, RoIReweighter, average_precision, box_classifier_learner, detect, mask_rcnn, region_weights, sum_losses
+from .instance_seg import SEG_METHODS, TABLE4, InstanceSeg, RoIReweighter, box_classifier_learner, detect, mask_rcnn, region_weights, sum_losses
 from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
 from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _writable
+from .meta import _average
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
 # %% ../nbs/14a_seg_runs.ipynb #9610add3
@@ -62,7 +64,8 @@ class SegRecipe:
     lr2: float = None # Stage 2: learning rate
     drops2: tuple = None # Stage 2: its drops
     meta_lr: float = None # Learning rate of the Meta Reweighter
-    min_images: float = None # Count classes in fewer training images as if in so many; None: refuse classes without any
+    min_images: float = None # Count a class that is in fewer training images, or missing in fewer, as if in (or missing in) so many; None: refuse classes in none or in all
+    meta_bs: int = None # Images of a meta batch of its own, over all processes; None: the regions of the step before
     precision: str = 'float32' # Or 'bfloat16', 'float16': automatic mixed precision
 
     def __post_init__(self):
@@ -71,11 +74,19 @@ class SegRecipe:
         for k, v in preset.items():
             if k in _second and not m.stage1 or k == 'meta_lr' and not m.meta:
                 if getattr(self, k) is not None: raise ValueError(f'{k}: the method {self.method!r} has no {"learned weights" if k == "meta_lr" else "second stage"}')
-            elif getattr(self, k) is None: object.__setattr__(self, k, v)
+            elif getattr(self, k) is None: object.__setattr__(self, k, self._scaled(k, v))
             elif isinstance(v, tuple): object.__setattr__(self, k, tuple(getattr(self, k)))
         for name, choices in (('opt', ('sgd', 'adamw')), ('norm', ('frozen', 'batch', 'group'))): self._known(name, choices)
-        for k in ('iters', 'bs', 'rois', 'width', 'iters2'):
+        for k in ('iters', 'bs', 'rois', 'width', 'iters2', 'meta_bs'):
             if getattr(self, k) is not None and getattr(self, k) < 1: raise ValueError(f'{k} must be 1 or more, not {getattr(self, k)}')
+        if self.meta_bs and not m.meta: raise ValueError(f'meta_bs: the method {self.method!r} has no learned weights')
+        if len(self.proposals) != 2: raise ValueError(f'proposals are two numbers, in training and in evaluation, not {self.proposals}')
+        for drops, iters in (('drops', 'iters'), ('drops2', 'iters2')):
+            if any(d >= getattr(self, iters) for d in getattr(self, drops) or ()): raise ValueError(f'{drops} must be below {iters}={getattr(self, iters)}, not {getattr(self, drops)}')
+    def _scaled(self, name, value):
+        "The value of a preset; drops move with the number of steps"
+        iters = {'drops': 'iters', 'drops2': 'iters2'}.get(name)
+        return tuple(d*getattr(self, iters)//SEG_PRESETS[self.preset][iters] for d in value) if iters else value
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
 
@@ -87,8 +98,8 @@ def said(self:SegRecipe) -> str:
 
 @patch(as_prop=True)
 def changed(self:SegRecipe) -> dict:
-    "What differs from the preset"
-    same = {'precision': 'float32', 'min_images': None, **SEG_PRESETS[self.preset]}
+    "What differs from the preset, but for the precision"
+    same = {'min_images': None, 'meta_bs': None, **SEG_PRESETS[self.preset]}
     return {k: getattr(self, k) for k, v in same.items() if getattr(self, k) not in (v, None)}
 
 @patch(as_prop=True)
@@ -115,17 +126,19 @@ def step_drops(
 def _network(recipe, counts, total):
     "The network of a recipe at its start"
     m = SEG_METHODS[recipe.method]
-    norm = dict(frozen=None, batch=nn.BatchNorm2d, group=lambda c: nn.GroupNorm(max(1, recipe.width//4) if c % max(1, recipe.width//4) == 0 else 1, c))[recipe.norm]
+    norm = dict(frozen=FrozenBatchNorm2d, batch=nn.BatchNorm2d, group=lambda c: nn.GroupNorm(max(1, recipe.width//4) if c % max(1, recipe.width//4) == 0 else 1, c))[recipe.norm]
     torch.manual_seed(recipe.seed)
     train, test = recipe.proposals
-    return mask_rcnn(len(counts), m.loss(counts, total), backbone=recipe.model, weights_backbone=None if recipe.weights == 'none' else recipe.weights, norm_layer=norm, width=recipe.width,
+    try: loss = m.loss(counts, total)
+    except ValueError as e: raise ValueError(f'{e}. A recipe with min_images=0.5 counts such classes as if half an image had them, or had them not') from e
+    return mask_rcnn(len(counts), loss, backbone=recipe.model, weights_backbone=None if recipe.weights == 'none' else recipe.weights, norm_layer=norm, width=recipe.width,
                      min_size=recipe.min_size, max_size=recipe.max_size, anchors=recipe.anchors, background=m.background, head=m.head, box_batch_size_per_image=recipe.rois,
                      rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test, rpn_post_nms_top_n_test=test)
 
 def _counts(recipe, anns):
     "Images with each class, as the losses take them"
     n = anns.image_counts.float()
-    return n if recipe.min_images is None else n.clamp_min(recipe.min_images)
+    return n if recipe.min_images is None else n.clamp(recipe.min_images, len(anns) - recipe.min_images)
 
 def _seg_learner(recipe, train, valid, how):
     "A `Learner` of stage 1, all from the recipe's seed"
@@ -135,7 +148,7 @@ def _seg_learner(recipe, train, valid, how):
     opt = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=torch.optim.AdamW)[recipe.opt]
     learn = Learner(dls, net, loss_func=sum_losses, opt_func=partial(OptimWrapper, opt=opt, weight_decay=recipe.wd), lr=recipe.lr, cbs=[InstanceSeg()])
     learn.create_mbar, learn.logger = False, noop
-    if m.weights: w = m.weights(n).to(how.device); net.roi_heads.row_weights = partial(region_weights, weights=w, normalize=False)
+    if m.weights: w = m.weights(n).to(how.device); net.roi_heads.row_weights = partial(region_weights, weights=w, average=_average)
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
@@ -156,16 +169,16 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     box_classifier_learner(second, m.loss(_counts(recipe, train), len(train)), m.scales)
     torch.manual_seed(recipe.seed + 1)
     _apart(second, recipe, how)
-    cbs = ([RoIReweighter(recipe.meta_lr)] if m.meta else []) + _ranks_cbs(how)
+    meta_dl = instance_dls(train, bs=how.ranks.share(recipe.meta_bs, 'meta_bs'), num_workers=how.workers or 0, seed=recipe.seed + 1, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world).train if recipe.meta_bs else None
+    cbs = ([RoIReweighter(recipe.meta_lr, meta_dl=meta_dl)] if m.meta else []) + _ranks_cbs(how)
     done = _fit(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
     return second, done, saved['seconds'] + done['seconds']
 
-def _evaluate(learn, valid, how):
+def _evaluate(learn, valid, how, precision='float32'):
     "AP of all images; each process finds what is in its part"
     ds, dl, ap = InstanceDataset(valid, train=False), learn.dls.valid, InstanceAP(valid)
     ds.kept = ds.kept[how.ranks.rank::how.ranks.world]
-    amp = getattr(getattr(learn, 'mixed_precision', None), 'autocast', None)
-    with amp or nullcontext():
+    with nullcontext() if precision == 'float32' else torch.autocast(how.device.type, getattr(torch, precision)):
         for outputs, ids in detect(learn.model, dl.new(ds)): ap.add(outputs, ids)
     parts = how.ranks.gather((ap.results, ap.seen))
     ap.results, ap.seen = [r for rows, _ in parts for r in rows], {i for _, seen in parts for i in seen}
@@ -197,11 +210,13 @@ def run_instance_seg(
     how, out = _How(device, ranks=ranks, workers=workers, every=every), Path(out).expanduser()/'instance_seg'
     with ending_together(ranks):
         ranks.first(lambda: _writable(out))
-        (train, crc), (valid, _) = _annotations(train, images), _annotations(valid, images)
-        if row := ranks.first(lambda: _found(recipe, out, crc)): return row
+        (train, crc), (valid, valid_crc) = _annotations(train, images), _annotations(valid, images)
+        if row := ranks.first(lambda: _found(recipe, out, crc)):
+            if row['valid_crc'] != valid_crc: raise ValueError(f'{out/"ledger.jsonl"} has this recipe with AP on {row["valid"]} of another content. Use another output folder, or load_detector')
+            return row
         learn, saved, seconds = _stages(recipe, out, train, valid, crc, how, progress=progress, stop_at=stop_at)
-        row = dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **_evaluate(learn, valid, how), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, processes=ranks.world, **_environment(device))
+        row = dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **_evaluate(learn, valid, how, recipe.precision), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
+                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, valid_crc=valid_crc, processes=ranks.world, **_environment(device))
         return ranks.first(lambda: _append(out/'ledger.jsonl', row) or row)
 
 # %% ../nbs/14a_seg_runs.ipynb #6573be2a
@@ -229,11 +244,12 @@ class SegStudy:
         folders = [d for d in (self.root/'train2017', self.root/'val2017') if d.exists()] or self.root
         self.train, self.valid = (read_annotations(f, folders) for f in self.files)
 
-    @property
-    def note(self) -> str:
-        "What these runs are, for every output"
-        return dict(full='Full runs: LVIS v0.5, preset paper.', small="Small runs on scenes made of scikit-learn's digits, preset small: the code of the full runs, not their data or size. No number here stands for LVIS.",
-                    photos=f'Small runs on {len(self.train)} photos of COCO, a small network on images of 160 pixels, AP on the training photos themselves: that the code learns. No number here stands for LVIS.')[self.scale]
+# %% ../nbs/14a_seg_runs.ipynb #81093ceb
+@patch(as_prop=True)
+def note(self:SegStudy) -> str:
+    "What these runs are, for every output"
+    return dict(full='Full runs: LVIS v0.5, preset paper.', small="Small runs on scenes made of scikit-learn's digits, preset small: the code of the full runs, not their data or size. No number here stands for LVIS.",
+                    photos=f'Small runs on {len(self.train)} photos, a small network on images of 160 pixels, AP on the training photos themselves: it shows that the code learns, and nothing else. No number here stands for LVIS.')[self.scale]
 _photos = dict(preset='small', width=64, min_size=(160,), max_size=320, anchors=(8, 16, 32, 64, 128), iters=4000, lr=.001, drops=(2800, 3600), iters2=300, drops2=(200,), min_images=.5)
 
 @patch
@@ -252,7 +268,7 @@ def run(self:SegStudy,
     valid = self.train if self.scale == 'photos' else self.valid
     return [run_instance_seg(self.recipe(m, s), self.train, valid, out=self.out, **kwargs) for s in range(seeds) for m in methods]
 
-# %% ../nbs/14a_seg_runs.ipynb #b7bc7748
+# %% ../nbs/14a_seg_runs.ipynb #f9e9a9ee
 def load_detector(
     recipe:SegRecipe, # Of a finished run
     train, # Its annotation file, or `Annotations`
@@ -268,26 +284,28 @@ def load_detector(
     net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
     return net.eval()
 
-# %% ../nbs/14a_seg_runs.ipynb #17cf4c58
+# %% ../nbs/14a_seg_runs.ipynb #ade7b708
 _SCORES = dict(AP='AP_m', APf='AP_f', APc='AP_c', APr='AP_r', APb='AP_b')
 
 def seg_table(
     rows:list, # Rows of a ledger of `run_instance_seg`
     data:str='lvis_v0.5', # Whose rows
     preset:str='paper', # Of which preset; the paper's numbers stand beside runs of its own recipe alone
+    changed:bool=False, # Also rows that changed something of the preset; then without the paper's numbers
 ) -> str: # Markdown
     "The rows as the paper's Table 4: means over seeds, a slash, and the paper's where data and preset are the paper's; *missing* where there is no run"
-    beside = (data, preset) == ('lvis_v0.5', 'paper')
-    rows = [r for r in rows if (r['recipe']['data'], r['recipe']['preset']) == (data, preset) and not r['changed']]
+    beside = (data, preset) == ('lvis_v0.5', 'paper') and not changed
+    rows = [r for r in rows if (r['recipe']['data'], r['recipe']['preset']) == (data, preset) and (changed or not r['changed'])]
+    precision = ', '.join(sorted({r['recipe'].get('precision', 'float32') for r in rows} - {'float32'}))
     out = ['| Method | ' + ' | '.join(_SCORES.values()) + ' | seeds |', '|---|' + '---|'*(len(_SCORES) + 1)]
     for name, m in SEG_METHODS.items():
         own = [r for r in rows if r['recipe']['method'] == name]
         if not own and not beside: continue
         cell = lambda i, k: (f'{mean_se([r[k] for r in own])[0]:.1f}' if own else '*missing*') + (f' / {TABLE4[name][i]}' if beside and name in TABLE4 else '')
-        out.append(f'| {m.title} | ' + ' | '.join(cell(i, k) for i, k in enumerate(_SCORES)) + f' | {len(own)} |')
+        out.append(f'| {m.title} | ' + ' | '.join(cell(i, k) for i, k in enumerate(_SCORES)) + f' | {len(own)}{f" ({precision})" if own and precision else ""} |')
     return '\n'.join(out)
 
-# %% ../nbs/14a_seg_runs.ipynb #c36cfd92
+# %% ../nbs/14a_seg_runs.ipynb #1121ed3f
 def _parser():
     p = argparse.ArgumentParser('balms_lvis', description="Train and compare methods on LVIS, or on annotations in LVIS's or COCO's form.")
     p.add_argument('--train', required=True, help='annotation file of the training images')
@@ -306,17 +324,21 @@ def _parser():
     p.add_argument('--out', default='runs', help='folder for models and the ledger  [runs]')
     return p
 
-def balms_lvis(argv=None):
+def balms_lvis(
+    argv=None, # Arguments; default: those of the command line
+):
     "Train by recipe and print the table. Exit status: 0 done, 2 bad input, 130 stopped."
     a = _parser().parse_args(argv)
     try:
         recipes = [SegRecipe(a.data, m, a.preset, seed, iters=a.iters, min_images=a.min_images, precision=a.precision, **({'iters2': a.iters2} if m in SEG_METHODS and SEG_METHODS[m].stage1 else {})) for seed in range(a.seeds) for m in a.method]
+        train, valid, rows = read_annotations(a.train, a.images), read_annotations(a.valid, a.images), []
         for r in recipes:
-            row = run_instance_seg(r, a.train, a.valid, a.images, a.out, a.device, sys.stdout.isatty(), workers=a.workers)
+            rows.append(row := run_instance_seg(r, train, valid, None, a.out, a.device, sys.stdout.isatty(), workers=a.workers))
             if Ranks().rank == 0: print(f'{r.data} {r.method} seed {r.seed}: ' + ', '.join(f'{n} {"none" if row[k] is None else format(row[k], ".1f")}' for k, n in _SCORES.items()) + f' in {row["seconds"]:.0f} s', flush=True)
+        if Ranks().rank == 0: print('\n' + seg_table(rows, a.data, a.preset, any(r['changed'] for r in rows)))
     except Interrupted as e: print(f'\n{e}', file=sys.stderr); raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as e: print(f'balms_lvis: error: {e}', file=sys.stderr); raise SystemExit(2) from None
 
-# %% ../nbs/14a_seg_runs.ipynb #04639c02
+# %% ../nbs/14a_seg_runs.ipynb #8626db42
 #| eval: false
 if __name__ == '__main__': balms_lvis()

@@ -1,13 +1,17 @@
 "Detectors with the balanced loss: every method runs, odd batches, runs that are killed, two processes"
-import json, os, signal, subprocess, sys, time
+import copy, json, os, signal, subprocess, sys, threading
 import pytest, torch
 from functools import partial
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import Learner, load_learner
+from fastai.optimizer import OptimWrapper
 from balms.baselines import LDAM, SigmoidEqualization
 from balms.core import BalancedSigmoid
-from balms.instance_seg import SEG_METHODS, RoIReweighter, _plain_sigmoid, mask_rcnn, region_weights, reweighting_gradient, sigmoid_residual
-from balms.lvis import digit_scenes, read_annotations
+from balms.instance_seg import SEG_METHODS, BoxClassifierOnly, InstanceSeg, RoIReweighter, _plain_sigmoid, box_classifier_learner, detect, mask_rcnn, region_weights, reweighting_gradient, sigmoid_residual, sum_losses, use_loss
+from balms.lvis import digit_scenes, instance_dls, read_annotations
 from balms.meta import inner_step
-from balms.recipes import read_ledger
+from balms.recipes import TrainOnly, read_ledger
 from balms.seg_runs import SegRecipe, load_detector, run_instance_seg, seg_table
 
 ITERS = dict(preset='small', iters=6, drops=(4,), warmup=2)
@@ -62,8 +66,8 @@ def test_the_losses_are_those_of_table_4():
     assert isinstance(loss['eql'], SigmoidEqualization) and loss['eql'].threshold == 1.76e-3
     w = SEG_METHODS['class_balanced'].weights(n)
     assert (w.diff() > 0).all()
-    a = region_weights(torch.tensor([0, 1, 4]), w, normalize=False)
-    assert a[0] == 1 and torch.equal(a[1:], w[[0, 3]])
+    a = region_weights(torch.tensor([0, 1, 4]), w)
+    assert a[0] == 1 and torch.allclose(a[1:], w[[0, 3]]/w[[0, 3]].mean())
 
 
 def test_a_class_without_images_is_named_and_can_be_given_a_count(scenes, tmp_path):
@@ -74,6 +78,8 @@ def test_a_class_without_images_is_named_and_can_be_given_a_count(scenes, tmp_pa
     where = dict(train=tmp_path/'t.json', valid=tmp_path/'v.json', images=scenes, out=tmp_path)
     with pytest.raises(ValueError, match=r'no samples in classes \[10\]'): run_instance_seg(recipe('bs'), **where)
     assert run_instance_seg(recipe('bs', min_images=.5), **where)['per_class'][10] is None
+    (tmp_path/'v.json').write_text(json.dumps(dict(v, info=dict(year=2026))))
+    with pytest.raises(ValueError, match='of another content'): run_instance_seg(recipe('bs', min_images=.5), **where)
 
 
 def test_images_without_objects_train():
@@ -83,11 +89,154 @@ def test_images_without_objects_train():
     sum(losses.values()).backward()
 
 
-def test_a_step_without_foreground_leaves_the_weights_alone():
+def test_without_foreground_the_weights_have_no_gradient():
     f, head, y = torch.randn(8, 3), torch.nn.Linear(3, 4), torch.zeros(8, dtype=torch.long)
     opt = torch.optim.SGD(head.parameters(), .1)
     with torch.no_grad(): g = reweighting_gradient(list(head.parameters()), f, torch.randn(8, 4), y, region_weights(y, torch.rand(4)), f, y, partial(inner_step, opt))
-    assert not g.isfinite().all()                                     # and `after_backward` takes no such step
+    assert torch.equal(g, torch.zeros(4))
+
+
+class Pool:
+    "Means over threads that stand for ranks"
+    def __init__(self, n): self.slots, self.barrier, self.own = [None]*n, threading.Barrier(n), threading.local()
+    def __call__(self, t):
+        self.slots[self.own.rank] = t; self.barrier.wait()
+        mean = torch.stack(self.slots).mean(0); self.barrier.wait()
+        return mean
+    def run(self, f):
+        def go(i): self.own.rank = i; out[i] = f(i)
+        out = [None]*len(self.slots)
+        threads = [threading.Thread(target=go, args=(i,)) for i in range(len(out))]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        return out
+
+
+def test_ranks_with_unequal_foreground_have_the_gradient_of_the_whole():
+    torch.manual_seed(0)
+    k, d, n = 4, 5, 40
+    f, fm = torch.randn(2, n, d).double(), torch.randn(2, 20, d).double()
+    y, ym = torch.randint(1, k + 1, (2, n)), torch.randint(k + 1, (2, 20))
+    y[0, 30:], y[1, 5:] = 0, 0
+    loss, plain = BalancedSigmoid([9, 5, 2, 1], total=20, reduction='none').double(), BalancedSigmoid([9, 5, 2, 1], total=20, tau=0., reduction='none').double()
+    rows = lambda l, z, y: l(z, (y - 1) % (k + 1))
+    head, w = torch.nn.Linear(d, k).double(), torch.randn(k).double().requires_grad_()
+    params, opt = list(head.parameters()), torch.optim.SGD(head.parameters(), .5)
+    pooled = torch.where(y > 0, torch.cat([w.new_ones(1), w.sigmoid()])[y], 1.)
+    pooled = torch.where(y > 0, pooled/pooled[y > 0].mean(), pooled)
+    grads = torch.autograd.grad((torch.stack([rows(loss, head(f[r]), y[r]) for r in (0, 1)])*pooled).mean(), params, create_graph=True)
+    new = [p - .5*g for p, g in zip(params, grads)]
+    exact = torch.autograd.grad(torch.stack([rows(plain, torch.nn.functional.linear(fm[r], *new), ym[r]) for r in (0, 1)]).mean(), w)[0]
+    pool = Pool(2)
+    def rank(r):
+        a = region_weights(y[r], w.detach().sigmoid(), pool)
+        z = head(f[r]).detach().requires_grad_()
+        dz = torch.autograd.grad((rows(loss, z, y[r])*a).mean(), z)[0]
+        with torch.no_grad(): return a, reweighting_gradient(params, f[r], dz, y[r], a, fm[r], ym[r], partial(inner_step, opt), [g.detach() for g in grads], pool)
+    (a0, g0), (a1, g1) = pool.run(rank)
+    assert torch.allclose(torch.stack([a0, a1]), pooled.detach()) and torch.allclose(torch.cat([a0[y[0] > 0], a1[y[1] > 0]]).mean(), torch.ones(1).double())
+    for g in (g0, g1): assert torch.allclose(g*(1 - w.detach().sigmoid()), exact, atol=1e-12)
+
+
+class Stop(Callback):
+    order = 99
+    def after_batch(self): raise KeyboardInterrupt
+
+
+def learner(scenes, net, n=2, **kw):
+    anns = read_annotations(scenes/'digits_train.json', scenes)
+    learn = Learner(instance_dls(anns, anns, bs=2, n_batches=n, **kw), net, loss_func=sum_losses, opt_func=partial(OptimWrapper, opt=torch.optim.SGD), cbs=[InstanceSeg(), TrainOnly()])
+    learn.create_mbar, learn.logger = False, lambda *_: None
+    return learn
+
+
+def fit(learn, *cbs):
+    with learn.no_bar(): learn.fit(1, .01, cbs=list(cbs))
+
+
+def test_a_fit_that_is_broken_off_leaves_nothing_behind(scenes):
+    loss = lambda: SEG_METHODS['bs'].loss(torch.ones(10), 20)
+    learn = learner(scenes, small_net(None, 10))
+    trained = {n for n, p in learn.model.named_parameters() if p.requires_grad}
+    box_classifier_learner(learn, loss()); box_classifier_learner(learn, loss())
+    assert sum(isinstance(cb, BoxClassifierOnly) for cb in learn.cbs) == 1
+    with pytest.raises(KeyboardInterrupt): fit(learn, rw := RoIReweighter(), Stop())
+    heads = learn.model.roi_heads
+    assert heads.row_weights is None and heads.watch is None and rw.now is None
+    copy.deepcopy(learn.model)
+    fit(learn)
+    assert not heads.classifier_only and {n for n, p in learn.model.named_parameters() if p.requires_grad} == trained
+    with pytest.raises(KeyboardInterrupt): fit(learn, Stop())
+    learn.remove_cb(BoxClassifierOnly)
+    assert not heads.classifier_only and {n for n, p in learn.model.named_parameters() if p.requires_grad} == trained
+    before = heads.mask_head[0][0].weight.clone()
+    learn.create_opt(); fit(learn)
+    assert not torch.equal(before, heads.mask_head[0][0].weight)
+
+
+def test_a_reweighter_checks_each_fit_and_begins_anew_with_another_network(scenes):
+    rw, loss = RoIReweighter(lr=.1), SEG_METHODS['bs'].loss(torch.ones(10), 20)
+    one = box_classifier_learner(learner(scenes, small_net(None, 10)), loss)
+    fit(one, rw); w = rw.psi.w.clone()
+    fit(one, rw); assert not torch.equal(w, rw.psi.w) and rw.n_steps == 4
+    with pytest.raises(ValueError, match='all that is trained'): fit(learner(scenes, small_net(None, 10)), rw)
+    other = box_classifier_learner(learner(scenes, small_net(None, 12)), SEG_METHODS['bs'].loss(torch.ones(12), 20))
+    fit(other, rw); assert len(rw.psi.w) == 12 and rw.n_steps == 2
+    with pytest.raises(ValueError, match='GradientAccumulation'): fit(other, RoIReweighter(), GradientAccumulation(4))
+    with pytest.raises(ValueError, match='Two RoIReweighters'): fit(other, RoIReweighter(), RoIReweighter())
+    with pytest.raises(ValueError, match='no batches'): fit(other, RoIReweighter(meta_dl=[]))
+
+
+def test_a_meta_loader_goes_on_where_it_was(scenes):
+    anns = read_annotations(scenes/'digits_train.json', scenes)
+    meta = lambda: instance_dls(anns, bs=2, n_batches=3, seed=7).train
+    class Seen(RoIReweighter):
+        def _meta_regions(self):
+            f, y = super()._meta_regions()
+            seen.append(f.clone())
+            return f, y
+    def learn(n): return box_classifier_learner(learner(scenes, small_net(None, 10), n, seed=1, flip=False), SEG_METHODS['bs'].loss(torch.ones(10), 20))
+    torch.manual_seed(0); seen = []
+    fit(learn(5), rw := Seen(meta_dl=meta())); whole, seen = seen, []
+    assert torch.equal(rw.history[0][1], torch.full((10,), .5))       # the start is recorded as it was
+    torch.manual_seed(0)
+    one = learn(3); fit(one, rw := Seen(meta_dl=meta())); state, random = rw.state_dict(), torch.get_rng_state()
+    rw = Seen(meta_dl=meta()); rw.load_state_dict(state)
+    two = learn(2); two.model.load_state_dict(one.model.state_dict()); two.opt.load_state_dict(one.opt.state_dict()); two.dls.train.load_state_dict(one.dls.train.state_dict())
+    torch.set_rng_state(random)
+    fit(two, rw)
+    assert len(seen) == len(whole) == 5 and all(torch.equal(a, b) for a, b in zip(seen, whole))
+
+
+def test_detections_come_one_batch_at_a_time(scenes):
+    learn = learner(scenes, small_net(None, 10))
+    found = detect(learn.model, learn.dls.valid)
+    learn.model.train()
+    next(found)
+    assert not learn.model.training
+    found.close()
+    assert learn.model.training
+
+
+def test_another_number_of_classes_gets_masks_for_them():
+    net = use_loss(small_net(None, 5), 10)
+    images, targets = nothing(1)
+    targets[0].update(boxes=torch.tensor([[5., 5, 40, 40]]), labels=torch.tensor([10]), masks=torch.ones(1, 64, 64, dtype=torch.uint8))
+    assert torch.isfinite(net(images, targets)['loss_mask'])
+
+
+def test_a_refused_loss_changes_nothing(scenes):
+    learn = learner(scenes, small_net(None, 10))
+    with pytest.raises(ValueError, match='reduction'): box_classifier_learner(learn, BalancedSigmoid([1]*10, total=20), scales=True)
+    assert type(learn.model.roi_heads.box_predictor.cls_score) is torch.nn.Linear
+
+
+def test_export_takes_no_data_along(scenes, tmp_path):
+    learn = learner(scenes, small_net(None, 10))
+    learn.path = tmp_path
+    learn.export('d.pkl')
+    again = load_learner(tmp_path/'d.pkl')
+    assert len(again.dls.train_ds) == 0 and len(again.model.eval()([torch.rand(3, 64, 64)])[0]['boxes']) <= 300
 
 
 def test_sigmoid_residual_is_the_gradient():
@@ -103,14 +252,8 @@ def test_autocast_computes_the_classification_loss_in_float32():
 
 
 def test_the_reweighter_says_what_it_needs(scenes):
-    from fastai.learner import Learner
-    from balms.instance_seg import InstanceSeg, sum_losses
-    from balms.lvis import instance_dls
-    anns = read_annotations(scenes/'digits_train.json', scenes)
-    dls = instance_dls(anns, anns, bs=2, n_batches=1)
     for net, what in ((small_net(None, 10), 'all that is trained'), (small_net(SEG_METHODS['softmax'].loss(torch.ones(10), 20), 10), 'without background')):
-        learn = Learner(dls, net, loss_func=sum_losses, cbs=[InstanceSeg()])
-        with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=what): learn.fit(1, 1e-3, cbs=[RoIReweighter()])
+        with pytest.raises(ValueError, match=what): fit(learner(scenes, net), RoIReweighter())
 
 
 def model_of(out, key): return torch.load(out/'instance_seg'/key/'model.pt', weights_only=True)['model']
