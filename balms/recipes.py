@@ -284,7 +284,9 @@ def _save(path, state):
     tmp = path.with_suffix('.tmp')
     try:
         with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e: tmp.unlink(missing_ok=True); raise OSError(f'Cannot write {path}: {e}') from e
+    except (OSError, RuntimeError) as e:                             # torch may say no more than that the file is not as long as it should be
+        tmp.unlink(missing_ok=True)
+        raise OSError(f'Cannot write {path}: {e.__context__ if isinstance(e.__context__, OSError) else e}') from e
     if path.exists(): os.replace(path, path.with_suffix('.old'))
     os.replace(tmp, path)
 
@@ -489,6 +491,7 @@ def _fit(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, pr
     if ckpt.found == ckpt.done:
         trained.model.load_state_dict(ckpt.saved['model'])
         _finite(trained, ckpt.saved.get('r'), lr_at(0))
+        ranks.first(lambda: _clear(folder))                           # of one that was killed between its last two steps
         return ckpt.saved
     learn.dls.train.n_batches = iters - ckpt.step                     # 0 if it was stopped after the last step: only restored
     for cb in cbs:
