@@ -132,7 +132,7 @@ def test_gradients_of_gradients(case):
     torch.testing.assert_close(h, p*(v - (p*v).sum(1, keepdim=True)), rtol=1e-6, atol=1e-6)
 
 
-@settings(some, max_examples=settings().max_examples//10)
+@settings(some, max_examples=min(settings().max_examples//10, 200))
 @given(cases(most=12), st.sampled_from((BalancedSoftmax, BalancedSigmoid)))
 def test_compiled_and_eager_agree(case, loss):
     "One compiled function for any number of classes, value and gradient"
