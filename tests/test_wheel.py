@@ -27,7 +27,7 @@ def outside(wheel, tmp_path_factory):
     "Python of an environment with the wheel, and with the dependencies of this one; nothing of the checkout is on its path"
     d = tmp_path_factory.mktemp('env')
     venv.create(d/'env', with_pip=False, symlinks=os.name != 'nt')
-    python = next(d.glob('env/*/python*'))
+    python = next(p for p in d.glob('env/*/python*') if p.is_file() and p.stem == 'python')
     site = Path(subprocess.run([str(python), '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], capture_output=True, text=True, check=True).stdout.strip())
     subprocess.run([sys.executable, '-m', 'pip', '--python', str(python), 'install', '-q', '--no-deps', '--no-index', str(wheel)], check=True)
     own = [p for p in sys.path if 'site-packages' in p or 'dist-packages' in p]
