@@ -38,17 +38,17 @@ def _entry(line, num_classes=None):
     if not re.fullmatch('-?[0-9]+', label): raise ValueError(f'the label {label[:80]!r} is not a whole number')
     if '\\' in file or re.match('[A-Za-z]:', file): raise ValueError(f'a Windows path, {file[:80]!r}: write it with /, below the image root')
     if file.startswith('/') or '..' in PurePosixPath(file).parts or '\0' in file: raise ValueError(f'the path {file[:80]!r} leads out of the image root')
-    label = int(label)
-    if label < 0 or num_classes and label >= num_classes: raise ValueError(f'the label {label} is out of range' + (f' 0..{num_classes - 1}' if num_classes else ': labels are 0, 1, ...'))
-    return file, label
+    if len(label.lstrip('-0')) > 7 or not 0 <= int(label) < (num_classes or 10**7): raise ValueError(f'the label {label[:80]} is out of range' + (f' 0..{num_classes - 1}' if num_classes else ': labels are 0, 1, ...'))
+    return file, int(label)
 
 # %% ../nbs/04a_image_lists.ipynb #aa9b14c6
 def _lines(path):
     "The lines of a list file, `.txt` or `.txt.gz`. Raises an error that names a file that is not one."
     try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f: lines = f.read().split('\n')
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f: lines = f.read(2**28).split('\n')
     except FileNotFoundError: raise FileNotFoundError(f'No list file {path}') from None
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e: raise ValueError(f'{path} is not a text file{" in gzip format" if path.suffix == ".gz" else ""}: {e}') from None
+    if sum(map(len, lines)) + len(lines) > 2**28: raise ValueError(f'{path} is longer than a list of images can be')
     return lines[:-1] if lines[-1] == '' else lines
 
 def _parse(path, num_classes=None):
@@ -174,6 +174,8 @@ def decode_rgb(
     "Decode an image. Raises `ValueError` if it is damaged, animated, or has more than 8 bits a channel."
     if not isinstance(data, torch.Tensor):
         if not len(data): raise ValueError('the file is empty')
+        if data[:4] in (b'%!PS', b'\xc5\xd0\xd3\xc6'): raise ValueError('does not decode: a program in PostScript, not an image')
+        if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data, orient)
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try: x = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=orient)
     except RuntimeError as e: x = _decode_pil(data, orient, e)
@@ -190,6 +192,15 @@ def _decode_pil(data, orient, error):
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         why = str(e) if 'cannot identify' not in str(e) else 'not an image'
         raise ValueError(f'does not decode: {why}') from error
+
+def _decode_png(data, orient):
+    "By Pillow: at a damaged one torchvision's decoder may end the process"
+    try:
+        with Image.open(io.BytesIO(data), formats=['PNG']) as im:
+            if data[24] > 8: raise ValueError('more than 8 bits a channel')
+            if getattr(im, 'n_frames', 1) > 1: raise ValueError(f'{im.n_frames} frames, where one image should be')
+            return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
+    except Exception as e: raise ValueError(f'does not decode: {e}') from e
 
 # %% ../nbs/04a_image_lists.ipynb #33d89719
 @dataclass

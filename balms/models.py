@@ -7,7 +7,8 @@ __all__ = ['MODELS', 'BasicBlock', 'with_classifier', 'resnet_cifar', 'small_cnn
            'classifier_input', 'split_classifier', 'resnet10', 'load_weights', 'get_model']
 
 # %% ../nbs/06_models.ipynb #bbc53dde
-import difflib, pickle, torch, torch.nn.functional as F
+import difflib, torch, torch.nn.functional as F
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 from collections import OrderedDict
 from pathlib import Path
 from torch import nn
@@ -134,11 +135,21 @@ def resnet10(
 MODELS['resnet10'] = resnet10
 
 # %% ../nbs/06_models.ipynb #9925112d
+def _tensors(path):
+    "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than tensors and plain values"
+    try:
+        if is_zipfile(path):
+            with ZipFile(path) as z:                            # `torch.load` compares no checksums
+                if any(i.compress_type != ZIP_STORED for i in z.infolist()): raise ValueError('it is compressed')
+                if bad := z.testzip(): raise ValueError(f'{bad} has another checksum')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
+    except PermissionError: raise
+    except Exception as e: raise ValueError(f'{path} is not a file of weights, or holds more than tensors: {str(e).splitlines()[0][:120] if str(e) else type(e).__name__}') from e
+
 def _read_weights(path):
     "{name: tensor} of a file of weights, without wrappers"
-    try: s = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e: raise ValueError(f'{path} is not a file of weights, or holds more than tensors: {str(e).splitlines()[0][:120] if str(e) else type(e).__name__}') from e
+    s = _tensors(path)
     for key in ('state_dict', 'model'):
         if isinstance(s, dict) and isinstance(s.get(key), dict): s = s[key]
     if not isinstance(s, dict) or not s or not all(isinstance(v, torch.Tensor) for v in s.values()): raise ValueError(f'{path} holds no weights: a dictionary of named tensors is needed')

@@ -8,16 +8,18 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'LIST_AUGMENTS', 'PAPE
            'evaluate', 'run', 'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
 
 # %% ../nbs/12_recipes.ipynb #13380825
-import json, math, os, platform, signal, subprocess, threading, time, zlib
+import json, math, os, platform, signal, subprocess, threading, time, warnings, zlib
 from dataclasses import dataclass, field, asdict, replace, fields
 from datetime import datetime, timezone
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
 import numpy as np
 import matplotlib.pyplot as plt
 import fastai, balms
+try: import fcntl
+except ImportError: fcntl = None                    # Windows has no such locks
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -35,7 +37,7 @@ from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece
 from .image_lists import LIST_FACTS, ImageList, PackedDataset, find_lists, list_dls, load_lists, read_list
 from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, _head_opt
 from .meta import MetaReweighter, MetaSampler
-from .models import MODELS, get_model, body_fc, find_classifier, _known as _known_model
+from .models import MODELS, get_model, body_fc, find_classifier, _known as _known_model, _tensors
 from .samplers import ClassSampler, SampledDL, sampling_rates
 from .speed import DeviceLoss, FastLoop
 from .scale import Distributed, FrozenPieces, MicroBatches, Ranks, ending_together, start_ranks
@@ -278,9 +280,14 @@ class Schedule(Callback):
 
 # %% ../nbs/12_recipes.ipynb #ee2619c4
 def _save(path, state):
-    "Write a checkpoint so that `path` is always a whole one"
+    "Write a checkpoint so that there is always a whole one: the one before stays beside it"
     tmp = path.with_suffix('.tmp')
-    torch.save(state, tmp)
+    try:
+        with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:                             # torch may say no more than that the file is not as long as it should be
+        tmp.unlink(missing_ok=True)
+        raise OSError(f'Cannot write {path}: {e.__context__ if isinstance(e.__context__, OSError) else e}') from e
+    if path.exists(): os.replace(path, path.with_suffix('.old'))
     os.replace(tmp, path)
 
 class Interrupted(Exception):
@@ -292,14 +299,58 @@ class TrainOnly(Callback):
     def after_batch(self): self.recorder.losses.clear(); self.recorder.lrs.clear()   # small tensors between large ones keep freed memory from being used again
     def before_validate(self): raise CancelValidException()
 
+# %% ../nbs/12_recipes.ipynb #8142ef14
+def _checkpoint(path, about):
+    "What `_save` wrote. Raises `ValueError` that names a file that is damaged, no checkpoint, or of another run"
+    saved = _tensors(path)
+    if not isinstance(saved, dict) or not {'about', 'step', 'seconds', 'model'} <= set(saved): raise ValueError(f'{path} is no checkpoint of this package')
+    if saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
+    return saved
+
+def _newest(paths, about):
+    "The first good one of `paths` and what it holds, (None, None) if there is none at all; those before it are named and moved aside"
+    refused = []
+    for path in filter(Path.exists, paths):
+        try: found = path, _checkpoint(path, about); break
+        except ValueError as e: refused.append((path, e))
+    else:
+        if refused: raise ValueError(f'{refused[0][1]}. There is no good one before it: remove {", ".join(p.name for p, _ in refused)} to begin anew')
+        return None, None
+    for p, e in refused: os.replace(p, p.with_name(p.name + '.refused')); warnings.warn(f'{e}. It is {p.name}.refused now, and the run goes on from {path.name}, step {found[1]["step"]}')
+    return found
+
+# %% ../nbs/12_recipes.ipynb #3a3846c9
+_held = set()                                                       # locks of this process, which a forked worker must not keep
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
+
+def _lock(fd, what=None):
+    "Wait until no other process has the lock of an open file, and take it; `what` says what is waited for. Without locks where the file system has none"
+    if not fcntl: return
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if what: warnings.warn(f'Waits for another process, which {what}')
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError: pass
+
+@contextmanager
+def _alone(folder):
+    "`folder`, made if it is not there, for this process alone"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not fcntl: yield; return
+    fd = os.open(folder, os.O_RDONLY)
+    _held.add(fd)
+    try: _lock(fd, f'trains in {folder}'); yield
+    finally: _held.discard(fd); os.close(fd)
+
 # %% ../nbs/12_recipes.ipynb #8d092072
 class Checkpoint(Callback):
     "Saves the state of training every `every` seconds and when it is stopped; takes up a saved state when training begins."
     order = 100                                                     # after mixed precision has made its scaler
     def __init__(self, path, about, every=30., stop_at=None, ranks=None):       # file; what the run is; seconds; step to stop after; processes
         self.path, self.about, self.every, self.stop_at, self.ranks = path, about, every, stop_at, ranks or Ranks()
-        self.saved = self.ranks.first(lambda: torch.load(path, map_location='cpu', weights_only=True) if path.exists() else dict(step=0, seconds=0., about=about))
-        if self.saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
+        self.done = path.with_name('model.pt')                       # of a finished run
+        self.found, self.saved = self.ranks.first(lambda: _newest((self.done, path, path.with_suffix('.old')), about))
+        self.saved = self.saved or dict(step=0, seconds=0.)
         if 'opt' in self.saved and self.saved.get('world', 1) != self.ranks.world: raise ValueError(f'{path} was saved by {self.saved.get("world", 1)} processes, and these are {self.ranks.world}: go on with as many, or remove it to begin anew')
         self.step, self.seconds, self.stop, self.handlers = self.saved['step'], self.saved['seconds'], False, {}
 
@@ -420,16 +471,28 @@ def _finite(learn, r, lr):
     if not all(p.isfinite().all() for p in learn.model.parameters()): raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {lr} too high?')
     if r is not None and not all(map(math.isfinite, r)): raise FloatingPointError('The learned class rates are not finite')
 
+def _about(recipe, crc): return dict(recipe=recipe.said, train_crc=crc)    # what a checkpoint must be of
+
+def _clear(folder):
+    "Without what only a run under way needs"
+    for name in ('checkpoint.pt', 'checkpoint.old', 'checkpoint.tmp', 'model.tmp'): (folder/name).unlink(missing_ok=True)
+
+@contextmanager
+def _taking(folder, ranks):
+    "`_alone`, by the first of the processes of this run"
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(_alone(folder)) and None)
+        yield
+
 def _fit(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, progress=False, stop_at=None):
     "Train for `iters` steps, from what is in `folder`, and keep all of `trained` there. What was saved at the end: seconds, learned r"
-    done, trained, ranks = folder/'model.pt', learn if trained is None else trained, how.ranks
-    about = dict(recipe=recipe.said, train_crc=crc)
-    ckpt = Checkpoint(done if ranks.first(done.exists) else folder/'checkpoint.pt', about, how.every, stop_at, ranks)
-    if ckpt.path == done:
+    trained, ranks, about = learn if trained is None else trained, how.ranks, _about(recipe, crc)
+    ckpt = Checkpoint(folder/'checkpoint.pt', about, how.every, stop_at, ranks)
+    if ckpt.found == ckpt.done:
         trained.model.load_state_dict(ckpt.saved['model'])
         _finite(trained, ckpt.saved.get('r'), lr_at(0))
+        ranks.first(lambda: _clear(folder))                           # of one that was killed between its last two steps
         return ckpt.saved
-    ranks.first(lambda: folder.mkdir(parents=True, exist_ok=True))
     learn.dls.train.n_batches = iters - ckpt.step                     # 0 if it was stopped after the last step: only restored
     for cb in cbs:
         if isinstance(cb, DeferredReweighting): cb.progress = lambda: ckpt.step/iters      # of the whole run, not of what is left of it
@@ -440,7 +503,7 @@ def _fit(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, pr
     r = next((cb.psi.r.tolist() for cb in cbs if hasattr(type(cb), 'load_state_dict')), None)
     _finite(trained, r, max(lr_at(0), lr_at(iters//2)))
     saved = dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=trained.model.state_dict(), r=r)
-    ranks.first(lambda: _save(done, saved) or (folder/'checkpoint.pt').unlink(missing_ok=True))
+    ranks.first(lambda: _save(ckpt.done, saved) or _clear(folder))
     return saved
 
 # %% ../nbs/12_recipes.ipynb #574b085c
@@ -456,7 +519,7 @@ def _stage1(recipe, out, train, test, counts, how, crc, **kwargs):
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     method = METHODS[recipe.method]
     cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
-    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
+    with _taking(out/recipe.key, how.ranks): return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
 
 def _on_features(learn, recipe, head, how):
     "A `Learner` of the classifier alone, on a bank of features, with the settings of `learn`"
@@ -472,7 +535,7 @@ def _on_features(learn, recipe, head, how):
 def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
     method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
-    learn.model.load_state_dict(how.ranks.first(lambda: torch.load(out/recipe.first.key/'model.pt', map_location='cpu', weights_only=True)['model']))
+    learn.model.load_state_dict(how.ranks.first(lambda: _checkpoint(out/recipe.first.key/'model.pt', _about(recipe.first, crc))['model']))
     head = find_classifier(learn.model)
     if method.scales: head = ScaledLinear(head); replace_classifier(learn.model, head)
     else: head.reset_parameters()
@@ -482,7 +545,7 @@ def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     if inner is learn: learn.opt, cbs = _head_opt(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
-    saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
+    with _taking(out/recipe.key, how.ranks): saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
     if method.scales: replace_classifier(learn.model, head.folded())
     return learn, saved
 
@@ -499,17 +562,51 @@ def _environment(device):
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, threads=torch.get_num_threads(),
                 date=datetime.now(timezone.utc).date().isoformat())
 
+
+# %% ../nbs/12_recipes.ipynb #a236a819
+def _row(path, i, line):
+    "Line `i` of a ledger"
+    try: row = json.loads(line)
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {i} is not a row of a ledger: {e}') from None
+    if not (isinstance(row, dict) and isinstance(row.get('key'), str) and isinstance(row.get('recipe'), dict)): raise ValueError(f'{path}, line {i} is not a row of a ledger: key and recipe are missing')
+    return row
+
+def _rows(path, data, then='left out'):
+    "The rows of a ledger and how many of its bytes are whole lines; tells of a torn last line"
+    *lines, last = data.split(b'\n')
+    rows = [_row(path, i, l) for i, l in enumerate(lines, 1)]
+    if last:
+        try: rows.append(_row(path, len(lines) + 1, last)); last = b''                   # all but its end is there
+        except ValueError: warnings.warn(f'{path}, line {len(lines) + 1} is torn, as a crash leaves it, and is {then}: {last[:80].decode(errors="replace")!r}')
+    return rows, len(data) - len(last)
+
 def read_ledger(path) -> list: # One dict a finished run
-    "The rows of a ledger; an empty list if there is none"
-    rows, path = [], Path(path)
-    for i, line in enumerate(path.read_text().splitlines() if path.exists() else []):
-        try: rows.append(json.loads(line))
-        except ValueError as e: raise ValueError(f'{path}, line {i + 1} is not a row of a ledger: {e}') from e
-    return rows
+    "The rows of a ledger; an empty list if there is none. Raises `ValueError` with file and line for what is not a row"
+    path = Path(path)
+    if not path.exists(): return []
+    with open(path, 'rb') as f: _lock(f.fileno()); return _rows(path, f.read())[0]
+
+# %% ../nbs/12_recipes.ipynb #b93a406e
+@contextmanager
+def _ledger(path):
+    "A ledger for this process alone, as an open file, with its rows; a torn last line is cut off"
+    with open(path, 'ab+', buffering=0) as f:
+        _lock(f.fileno()); f.seek(0)
+        rows, end = _rows(path, data := f.read(), 'cut off')
+        if end < len(data): f.truncate(end)
+        elif data and not data.endswith(b'\n'): f.write(b'\n')
+        yield f, rows
 
 def _append(path, row):
-    with open(path, 'a') as f:
-        f.write(json.dumps(row) + '\n'); f.flush(); os.fsync(f.fileno())
+    "Add a row to a ledger, all of it or an error. The row, or that of a process that has added this recipe meanwhile"
+    with _ledger(path) as (f, rows):
+        if same := [r for r in rows if r['key'] == row['key'] and r.get('train_crc') == row.get('train_crc')]: return same[-1]
+        end, line = f.seek(0, os.SEEK_END), (json.dumps(row) + '\n').encode()
+        try:
+            while line: line = line[f.write(line):]                      # a disk that is getting full takes a part
+            os.fsync(f.fileno())
+        except OSError as e: f.truncate(end); raise OSError(f'Cannot write to {path}, which is as it was: {e.strerror}. The model is kept, so the same call only evaluates it again') from e
+        return row
 
 # %% ../nbs/12_recipes.ipynb #255507b1
 def evaluate(
@@ -621,11 +718,12 @@ def run(
         train, test = _load(recipe, root, lists, pack, skip_missing)
         if row := ranks.first(lambda: _found(recipe, out, data_crc(train))): return row
         with _threads(recipe.threads): row = {**_run(recipe, out, train, test, how, progress, stop_at), **_images(train, test)}
-        ranks.first(lambda: _append(out/'ledger.jsonl', row))
-        return row
+        return ranks.first(lambda: _append(out/'ledger.jsonl', row))
 
 def _writable(out):
-    try: out.mkdir(parents=True, exist_ok=True); (out/'ledger.jsonl').open('a').close()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _ledger(out/'ledger.jsonl'): pass
     except OSError as e: raise OSError(f'Cannot write to the output folder {out}: {e.strerror}') from e
 
 def _found(recipe, out, crc):

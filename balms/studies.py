@@ -16,6 +16,7 @@ from .data import data_root, load_data, long_tail
 from .decoupled import feature_bank
 from .image_lists import LIST_FACTS, sample_tree
 from .metrics import COLORS, MARKERS, plot_marginal, _axis, _curves
+from .models import _tensors
 from .recipes import IMBALANCE, METHODS, TABLES, Recipe, format_table, mean_se, run, summary, _cell, _finish, _learner, _title
 
 # %% ../nbs/12a_studies.ipynb #6eb923fd
@@ -152,7 +153,7 @@ def features(self:Study,
     train, test = load_data(recipe.data, self.root)
     train = long_tail(train, recipe.imbalance, recipe.split_seed)
     learn = _learner(recipe, train, test, class_counts(train), device)
-    learn.model.load_state_dict(torch.load(self.out/recipe.key/'model.pt', map_location=device, weights_only=True)['model'])
+    learn.model.load_state_dict(_tensors(self.out/recipe.key/'model.pt')['model'])
     bank = feature_bank(learn, 1, 1)
     return bank.images.cpu(), bank.targets.cpu()
 

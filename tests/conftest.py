@@ -1,8 +1,20 @@
 "What the tests share"
 import os
 import pytest, torch
+from hypothesis import settings
 
 torch.set_num_threads(int(os.environ.get('BALMS_TEST_THREADS', 1)))   # small work: threads that wait for each other cost more than they do
+
+
+# How much is tried: 'ci', the same examples each time, or 'nightly', others each night. `nightly` says the same to the tests that draw for themselves.
+settings.register_profile('ci', max_examples=300, deadline=None, derandomize=True)
+settings.register_profile('nightly', max_examples=10_000, deadline=None)
+PROFILE = os.environ.get('BALMS_PROFILE') or os.environ.get('HYPOTHESIS_PROFILE') or 'ci'
+settings.load_profile(PROFILE)
+
+
+@pytest.fixture(scope='session')
+def nightly(): return PROFILE == 'nightly'
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 import importlib, importlib.util, os, pkgutil, sys, tempfile
 
 os.chdir(tempfile.gettempdir())                    # not in the clone: only the installed package can answer
-assert importlib.util.find_spec('nbdev') is None, 'nbdev is installed: this is not a user\'s environment'
+assert os.environ.get('BALMS_SMOKE_DEV') or importlib.util.find_spec('nbdev') is None, 'nbdev is installed: this is not a user\'s environment'
 
 import balms
 names = [m.name for m in pkgutil.iter_modules(balms.__path__) if not m.name.startswith('_')]

@@ -1,4 +1,4 @@
-"Runs of two processes on CPU: the weights of one process, the same rates on both, killed and resumed, and what happens when one of them ends."
+"Runs of two and four processes on CPU: the weights of one process, the same rates on all, killed and resumed, and what happens when one of them ends."
 import os, signal, socket, subprocess, sys, time
 from importlib.util import find_spec
 import pytest, torch
@@ -24,15 +24,15 @@ DIGITS = dict(model='plain', bs=32, iters=12, augment='none')
 def tree(tmp_path_factory): return sample_tree(tmp_path_factory.mktemp('lists')/'digits', n_max=32, imbalance=16)
 
 
-def start(world, code):
+def start(world, code, net=NET):
     "Processes that run `code`, as torchrun would start them"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(world)}
-    return [subprocess.Popen([sys.executable, '-c', NET + code], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(world)]
+    return [subprocess.Popen([sys.executable, '-c', net + code], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(world)]
 
 
-def call(world, code):
-    ps = start(world, code)
+def call(world, code, net=NET):
+    ps = start(world, code, net)
     outs = [p.communicate(timeout=200) for p in ps]
     return [(p.returncode, *o) for p, o in zip(ps, outs)]
 
@@ -51,12 +51,13 @@ def both(recipes, out, **kw):
 def model(out, r): return torch.load(out/r.key/'model.pt', weights_only=True)
 
 
-def close(a, b, r):
+def close(a, b, r, *worlds):
+    "The same weights, rates and scores, to rounding; `worlds`: processes of both, else one and two"
     x, y = model(a, r), model(b, r)
     for k in x['model']: torch.testing.assert_close(x['model'][k], y['model'][k], rtol=1e-3, atol=1e-4)
     if x['r']: torch.testing.assert_close(torch.tensor(x['r']), torch.tensor(y['r']), rtol=1e-3, atol=1e-4)
     (p,), (q,) = ([row for row in read_ledger(d/'ledger.jsonl') if row['key'] == r.key] for d in (a, b))
-    assert abs(p['nll'] - q['nll']) < 1e-3 and p['counts'] == q['counts'] and 'processes' not in p and q['processes'] == 2
+    assert abs(p['nll'] - q['nll']) < 1e-3 and p['counts'] == q['counts'] and (p.get('processes', 1), q.get('processes', 1)) == (worlds*2 or (1, 2))
 
 
 def test_two_processes_are_one(tree, tmp_path):
@@ -167,3 +168,72 @@ def test_accelerate_with_one_process_says_so(tmp_path):
     assert r.returncode == 0 and 'accelerate has started one process, whatever --num_processes says' in r.stderr and 'mixed_precision=bf16 of accelerate is not looked at' in r.stderr, r.stderr
     (row,) = read_ledger(tmp_path/'runs'/'ledger.jsonl')
     assert 'processes' not in row and row['recipe']['precision'] == 'float32'
+
+
+def test_four_processes_are_one(tmp_path):
+    "Gradients in every step, learned rates, scores: those of one process; for both ways to share out a loss"
+    recipes = [Recipe(method=m, **DIGITS, **({'iters2': 10} if m == 'balms' else {})) for m in ('cbw', 'balms')]
+    for r in recipes: run(r, tmp_path/'one', device='cpu')
+    outs = call(4, runs(recipes, tmp_path/'four'))
+    assert [c for c, _, _ in outs] == [0]*4, ''.join(e for _, _, e in outs)
+    assert len({o for _, o, _ in outs}) == 1                                        # all say the same
+    for r in recipes:
+        x, y = model(tmp_path/'one', r), model(tmp_path/'four', r)
+        for k in x['model']: torch.testing.assert_close(x['model'][k], y['model'][k], rtol=1e-3, atol=1e-4)
+        if x['r']: torch.testing.assert_close(torch.tensor(x['r']), torch.tensor(y['r']), rtol=1e-3, atol=1e-4)
+    p, q = (read_ledger(tmp_path/d/'ledger.jsonl') for d in ('one', 'four'))
+    assert len(q) == 2 and all(row['processes'] == 4 for row in q)
+    for a, b in zip(p, q): assert a['counts'] == b['counts'] and abs(a['nll'] - b['nll']) < 1e-3 and abs(a['overall'] - b['overall']) < .5 and len(b['per_class']) == 10
+
+
+GRAD = '''
+import torch, torch.distributed as dist
+from torch import nn
+from balms.core import BalancedSoftmax
+dist.init_process_group('gloo')
+torch.manual_seed(0)
+rank, world = dist.get_rank(), dist.get_world_size()
+x, y, net, loss = torch.randn(24, 6), torch.randint(5, (24,)), nn.Linear(6, 5), BalancedSoftmax([1000, 100, 10, 5, 1])
+ddp = nn.parallel.DistributedDataParallel(net)
+loss(ddp(x.chunk(world)[rank]), y.chunk(world)[rank]).backward()
+torch.save([p.grad for p in net.parameters()], f'{OUT}.{world}.{rank}')
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.parametrize('world', (2, 4))
+def test_gradients_are_those_of_one_process(tmp_path, world):
+    "The loss alone, in DistributedDataParallel as anyone would use it"
+    for c, _, e in call(world, f'OUT = {str(tmp_path/"g")!r}' + GRAD, ''): assert c == 0, e
+    torch.manual_seed(0)
+    from balms.core import BalancedSoftmax
+    x, y, net = torch.randn(24, 6), torch.randint(5, (24,)), torch.nn.Linear(6, 5)
+    BalancedSoftmax([1000, 100, 10, 5, 1])(net(x), y).backward()
+    for rank in range(world):
+        for p, g in zip(net.parameters(), torch.load(f'{tmp_path}/g.{world}.{rank}', weights_only=True)): torch.testing.assert_close(p.grad, g)
+
+
+def test_one_of_four_dies_and_the_run_resumes(tmp_path):
+    "The third is killed in stage 2, after a checkpoint: the others end within a minute with an error that says so; the same four go on and end with the weights, rates and scores of the run that was whole"
+    r = Recipe(method='balms', bs=32, iters=6, iters2=8)
+    line = runs([r], tmp_path/'a', every=0)
+    assert [c for c, _, _ in call(4, line)] == [0]*4
+    die = '''
+import signal
+agree = m.Ranks.agree
+def _agree(self, *flags):
+    self.n = getattr(self, 'n', 0) + 1
+    if self.rank == 2 and self.n == 11: os.kill(os.getpid(), signal.SIGKILL)
+    return agree(self, *flags)
+m.Ranks.agree = _agree'''
+    ps = start(4, die + runs([r], tmp_path/'b', every=0))
+    assert ps[2].wait(200) == -signal.SIGKILL
+    began = time.monotonic()
+    errs = [p.communicate(timeout=90)[1] for p in ps]
+    assert time.monotonic() - began < 60 and [p.returncode for p in ps] == [1, 1, -signal.SIGKILL, 1]
+    for i in (0, 1, 3): assert f'Process {i} of 4 lost the others: one has ended' in errs[i] and 'goes on from the last checkpoint' in errs[i], errs[i]
+    step = torch.load(tmp_path/'b'/r.key/'checkpoint.pt', weights_only=True)['step']
+    assert 0 < step < 8 and not read_ledger(tmp_path/'b'/'ledger.jsonl')
+    assert [c for c, _, _ in call(4, runs([r], tmp_path/'b'))] == [0]*4
+    close(tmp_path/'a', tmp_path/'b', r, 4)                                          # to rounding: with more than two, the order of a sum depends on how DistributedDataParallel has packed the gradients
+    assert len(read_ledger(tmp_path/'b'/'ledger.jsonl')) == 1

@@ -123,7 +123,7 @@ def test_a_diverged_run_never_reaches_the_ledger(tmp_path):
 def test_table_without_ledger(tmp_path):
     r = call('balms_table', cwd=tmp_path)
     assert r.returncode == 2 and 'balms_train makes one' in r.stderr
-    (tmp_path/'runs').mkdir(); (tmp_path/'runs/ledger.jsonl').write_text('{"torn')
+    (tmp_path/'runs').mkdir(); (tmp_path/'runs/ledger.jsonl').write_text('{"broken\n')
     r = call('balms_table', cwd=tmp_path)
     assert r.returncode == 2 and 'ledger.jsonl, line 1' in r.stderr and 'Traceback' not in r.stderr
 

@@ -1,0 +1,154 @@
+"Runs ended by SIGKILL at any moment go on and end as if nothing had been, bit for bit; the same recipe gives the same bits in any process; what is damaged or foreign is named and refused."
+import json, os, random, shutil, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from balms.recipes import METHODS, Recipe, read_ledger, run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+BALMS = Recipe(method='balms', iters=40, iters2=300, bs=32)
+
+
+def short(method): return Recipe(method=method, iters=6, bs=32, **({'iters2': 5} if METHODS[method].two_stages else {}))
+
+
+def lives(jobs, hashes=0):
+    "Start `lives.py` with [(recipe, folder, lives)]; how the lives ended"
+    text = json.dumps([(r.row, str(out), ls) for r, out, ls in jobs])
+    p = subprocess.run([sys.executable, str(Path(__file__).with_name('lives.py'))], input=text, env={**ENV, 'PYTHONHASHSEED': str(hashes)}, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return json.loads(p.stdout.splitlines()[-1])
+
+
+def result(out, r):
+    "All of a run that must not differ: weights and rates of its stages, and its row but for time and date"
+    row, = [row for row in read_ledger(out/'ledger.jsonl') if row['key'] == r.key]
+    files = [torch.load(out/k/'model.pt', weights_only=True) for k in {r.first.key, r.key} if (out/k/'model.pt').exists()]
+    return {k: v for k, v in row.items() if k not in ('seconds', 'date')}, files
+
+
+def assert_same(a, b, r):
+    (row, files), (row2, files2) = result(a, r), result(b, r)
+    assert row == row2, (r.key, {k: (row[k], row2.get(k)) for k in row if row[k] != row2.get(k)})
+    assert len(files) == len(files2) == len({f.name for f in a.iterdir() if f.name in (r.key, r.first.key)})
+    for f, g in zip(files, files2):
+        assert f['model'].keys() == g['model'].keys() and f['r'] == g['r']
+        assert all(torch.equal(f['model'][k], g['model'][k]) for k in f['model']), r.key
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "Every method, not interrupted, in one process"
+    out = tmp_path_factory.mktemp('whole')
+    lives([(short(m), out, []) for m in METHODS], hashes=1)
+    return out
+
+
+def test_killed_more_than_twenty_times(tmp_path):
+    "Both stages, in steps, at any time, in the middle of writing a checkpoint, between two moves, before the row and in the middle of it"
+    rng = random.Random(0)
+    some = lambda n: [[rng.choice(('step', 'step', 'before', 'half', 'move')), rng.randint(1, 5), rng.choice((0, 0, .03))] for _ in range(n)]
+    plan = some(8) + [['time', rng.uniform(.02, .2), 0] for _ in range(3)] + [['step', 40, 0]] + some(12) + [['move', 3, 0], ['half', 2, 0], ['done', 2, 0], ['evaluate', 0, 0], ['row', 0, 0], ['row', 0, 0]]
+    lives([(BALMS, tmp_path/'whole', [])])
+    ends = [e for _, e in lives([(BALMS, tmp_path/'killed', plan)]) if e]
+    assert len(ends) >= 20
+    stage = lambda s: [e for e in ends if e.get('stage') == s.key]
+    assert len(stage(BALMS.first)) >= 5 and len(stage(BALMS)) >= 5, ends
+    assert {e['what'] for e in ends} == {'step', 'before', 'half', 'move', 'time', 'done', 'evaluate', 'row'}
+    assert_same(tmp_path/'whole', tmp_path/'killed', BALMS)
+    assert len(read_ledger(tmp_path/'killed'/'ledger.jsonl')) == 1
+    assert sorted(p.name for p in (tmp_path/'killed').glob('*/*')) == ['model.pt']*2                 # nothing is left behind
+
+
+def test_every_method_killed_and_resumed(whole, tmp_path):
+    "In each stage that it trains, once after a step and once with half a checkpoint written"
+    ends = lives([(short(m), tmp_path, [['step', 3, 0], ['half', 2, 0]]) for m in METHODS], hashes=2)
+    trained = {m for m, e in ends if e}
+    assert trained >= {m for m, v in METHODS.items() if v.loss}
+    for m in METHODS: assert_same(whole, tmp_path, short(m))
+
+
+def test_same_recipe_same_bits_for_every_method(whole, tmp_path):
+    "In another process, with other hashes, in another order"
+    lives([(short(m), tmp_path, []) for m in reversed(METHODS)], hashes=3)
+    for m in METHODS: assert_same(whole, tmp_path, short(m))
+    rows = [result(whole, short(m))[0]['nll'] for m in METHODS]
+    assert len(set(rows)) > len(rows)*.8                                          # and methods differ
+
+
+def stopped(out, r=BALMS, at=7):
+    "A run with two checkpoints, at step `at` and one before"
+    from balms.recipes import Interrupted
+    for stop in (at - 1, at):
+        with pytest.raises(Interrupted): run(r, out, device='cpu', stop_at=stop)
+    return out/r.first.key/'checkpoint.pt'
+
+
+def a_bit(path, *_):
+    "One bit of a weight, which torch.load alone does not see"
+    data, w = bytearray(path.read_bytes()), torch.load(path, weights_only=True)['model']['fc.weight']
+    data[data.find(w.numpy().tobytes()) + 2] ^= 1; path.write_bytes(data)
+
+
+class Evil:
+    def __reduce__(self): return open, ('executed', 'w')
+
+
+BAD = dict(truncated=lambda p: p.write_bytes(p.read_bytes()[:-1000]), empty=lambda p: p.write_bytes(b''), bit=a_bit, text=lambda p: p.write_text('no checkpoint'), other=lambda p: torch.save([1], p),
+           weights=lambda p: torch.save({'w': torch.ones(2)}, p), pickle=lambda p: torch.save(dict(about=Evil(), step=1, seconds=0., model={}), p), recipe=lambda p: torch.save({**torch.load(p, weights_only=True), 'about': {}}, p))
+
+
+@pytest.mark.parametrize('how', BAD)
+def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    r = Recipe(method='bs', iters=12, bs=32)
+    path = stopped(tmp_path/'b', r)
+    BAD[how](path)
+    with pytest.warns(UserWarning, match=r'checkpoint\.pt .*goes on from checkpoint\.old, step 6'): run(r, tmp_path/'b', device='cpu')
+    run(r, tmp_path/'a', device='cpu')
+    assert_same(tmp_path/'a', tmp_path/'b', r)
+    assert not (tmp_path/'executed').exists()
+    path = stopped(tmp_path/'c', r)
+    path.with_suffix('.old').unlink(); BAD[how](path)
+    with pytest.raises(ValueError, match=r'checkpoint\.pt .*no good one before it: remove checkpoint\.pt to begin anew'): run(r, tmp_path/'c', device='cpu')
+    assert not read_ledger(tmp_path/'c'/'ledger.jsonl') and not (tmp_path/'executed').exists()
+
+
+def test_a_bad_model_is_named(tmp_path):
+    "Of stage 1, when stage 2 wants to begin from it"
+    r = Recipe(method='bs_dt', iters=6, iters2=5, bs=32)
+    run(r.first, tmp_path, device='cpu')
+    a_bit(tmp_path/r.first.key/'model.pt')
+    with pytest.raises(ValueError, match=r'model\.pt .*another checksum'): run(r, tmp_path, device='cpu')
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    "The same recipes at the same time: each is trained once, by one of them, and has one row"
+    code = f'''
+import balms.recipes as m
+for method in ('bs_dt', 'balms', 'softmax'): m.run(m.Recipe(method=method, iters=30, bs=32, **(dict(iters2=20) if method != 'softmax' else {{}})), {str(tmp_path/"b")!r}, device='cpu', every=0)'''
+    ps = [subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for p in ps: assert (err := p.communicate(timeout=300)[1], p.returncode)[1] == 0, err
+    for method in ('bs_dt', 'balms', 'softmax'):
+        r = Recipe(method=method, iters=30, bs=32, **(dict(iters2=20) if method != 'softmax' else {}))
+        run(r, tmp_path/'a', device='cpu')
+        assert_same(tmp_path/'a', tmp_path/'b', r)
+    assert len(read_ledger(tmp_path/'b'/'ledger.jsonl')) == 3
+
+
+def test_a_disk_that_is_full(tmp_path):
+    "No room for a checkpoint: an error that names it, the one before as it was, and no rest of it; with room again the run goes on"
+    r = Recipe(method='bs', iters=12, bs=32)
+    path = stopped(tmp_path, r)
+    before = path.read_bytes()
+    code = f'''
+import resource, signal, balms.recipes as m
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)//2}, resource.RLIM_INFINITY))
+m.run(m.Recipe(**{r.row!r}), {str(tmp_path)!r}, device='cpu', every=0)'''
+    p = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=200)
+    assert p.returncode == 1 and f'Cannot write {path}: [Errno 27] File too large' in p.stderr, p.stderr
+    assert path.read_bytes() == before and sorted(f.name for f in path.parent.iterdir()) == ['checkpoint.old', 'checkpoint.pt']
+    run(r, tmp_path, device='cpu'); run(r, tmp_path/'a', device='cpu')
+    assert_same(tmp_path/'a', tmp_path, r)

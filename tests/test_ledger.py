@@ -1,0 +1,100 @@
+"The ledger under many writers, after a crash, on a full disk, and with what is no row in it."
+import json, os, random, signal, sys, time
+import pytest
+from balms.recipes import _append, format_table, read_ledger
+
+linux = pytest.mark.skipif(sys.platform == 'win32', reason='needs POSIX')
+
+
+def row(key, n=1): return dict(key=key, recipe=dict(data='digits'), train_crc=0, filler='x'*n)
+def forked(f):
+    "The process id of a child that runs `f` and is gone"
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try: f(); code = 0
+    except BaseException: sys.excepthook(*sys.exc_info()); sys.stderr.flush()
+    finally: os._exit(code)
+
+
+@linux
+def test_eight_writers_and_two_readers_at_once(tmp_path):
+    "Rows of 1 to 100,000 bytes, 40 by each: none is lost, torn or mixed with another, and no reader ever sees a part of one"
+    path, rng = tmp_path/'ledger.jsonl', random.Random(0)
+    sizes = [[rng.choice((1, 300, 5000, 100_000)) for _ in range(40)] for _ in range(8)]
+    def write(i):
+        for j, n in enumerate(sizes[i]): _append(path, row(f'{i}-{j}', n))
+    def read():
+        import warnings; warnings.simplefilter('error')
+        for _ in range(100): rows = read_ledger(path); assert len({r['key'] for r in rows}) == len(rows)
+    pids = [forked(lambda i=i: write(i)) for i in range(8)] + [forked(read) for _ in range(2)]
+    assert [os.waitpid(p, 0)[1] for p in pids] == [0]*10
+    rows = read_ledger(path)
+    assert len(rows) == 320 and {r['key']: len(r['filler']) for r in rows} == {f'{i}-{j}': n for i, ns in enumerate(sizes) for j, n in enumerate(ns)}
+
+
+@linux
+def test_writers_killed_at_any_time(tmp_path):
+    "Eight writers, each killed somewhere; what they had said was written is there, and the next append repairs what they tore"
+    path, rng = tmp_path/'ledger.jsonl', random.Random(1)
+    pipes = [os.pipe() for _ in range(8)]
+    def write(i):
+        for j in range(10**6): _append(path, row(f'{i}-{j}', 3000)); os.write(pipes[i][1], b'.')
+    pids = [forked(lambda i=i: write(i)) for i in range(8)]
+    for p in rng.sample(pids, 8): time.sleep(rng.uniform(.02, .15)); os.kill(p, signal.SIGKILL); os.waitpid(p, 0)
+    for _, w in pipes: os.close(w)
+    said = [len(os.read(r, 10**6)) for r, _ in pipes]
+    import warnings
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); _append(path, row('last'))
+    keys = {r['key'] for r in read_ledger(path)}
+    assert sum(said) > 8 and {f'{i}-{j}' for i, n in enumerate(said) for j in range(n)} <= keys and 'last' in keys
+
+
+def test_every_place_where_a_line_can_be_torn(tmp_path):
+    "Cut after each byte of the last row: reading reports it and has the rows before; the next append cuts it off, reports it, and adds its row"
+    path, rows = tmp_path/'ledger.jsonl', [row('a'), row('ü\u2028'), row('c')]
+    for r in rows[:2]: _append(path, r)
+    whole = path.read_bytes(); _append(path, rows[2]); last = path.read_bytes()[len(whole):]
+    for n in range(1, len(last) - 1):
+        path.write_bytes(whole + last[:n])
+        with pytest.warns(UserWarning, match=r'ledger\.jsonl, line 3 is torn, as a crash leaves it, and is left out'): assert read_ledger(path) == rows[:2]
+        with pytest.warns(UserWarning, match=r'ledger\.jsonl, line 3 is torn, as a crash leaves it, and is cut off'): _append(path, row('d'))
+        assert read_ledger(path) == [*rows[:2], row('d')]
+    path.write_bytes(whole + last[:-1])                                        # nothing is lost but the line's end
+    assert read_ledger(path) == rows
+    _append(path, row('d')); assert read_ledger(path) == [*rows, row('d')]
+
+
+@linux
+@pytest.mark.parametrize('room', (0, 1, 50, 200))
+def test_a_disk_that_is_full(tmp_path, room):
+    "An error that names the file and says what is left; the rows before are as they were, to the byte; with room again the row is added"
+    path = tmp_path/'ledger.jsonl'
+    for k in 'ab': _append(path, row(k))
+    before = path.read_bytes()
+    def fill():
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=f'Cannot write to {path}, which is as it was: File too large'): _append(path, row('c', 300))
+    assert os.waitpid(forked(fill), 0)[1] == 0
+    assert path.read_bytes() == before
+    _append(path, row('c')); assert [r['key'] for r in read_ledger(path)] == ['a', 'b', 'c']
+
+
+@pytest.mark.parametrize('line', ('', '{"torn', '5', 'null', '[]', '{}', '{"key": 1, "recipe": {}}', '{"key": "a"}', '['*100_000, '\x00', '{"key": "a", "recipe": {}}x', '\u2028'))
+def test_a_line_that_is_no_row(tmp_path, line):
+    "Named by file and number, wherever a ledger is read or written; nothing is cut off"
+    path = tmp_path/'ledger.jsonl'
+    text = f'{json.dumps(row("a"))}\n{line}\n{json.dumps(row("b"))}\n'
+    path.write_text(text, encoding='utf-8')
+    for f in (read_ledger, lambda p: _append(p, row('c'))):
+        with pytest.raises(ValueError, match=r'ledger\.jsonl, line 2 is not a row of a ledger'): f(path)
+    assert path.read_text(encoding='utf-8') == text
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path/'ledger.jsonl'
+    path.write_bytes(b'\xff\xfe\n')
+    with pytest.raises(ValueError, match=r'ledger\.jsonl, line 1 is not a row'): read_ledger(path)
+    assert read_ledger(tmp_path/'none.jsonl') == [] and format_table([]) == 'The ledger is empty.'
