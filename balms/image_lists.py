@@ -293,7 +293,7 @@ def _check_split(split, parsed, paths, facts, k, report, problems):
     report.append(line + f' ({path.name})')
 
 # %% ../nbs/04a_image_lists.ipynb #a8d53971
-def balms_check(argv=None):
+def balms_check(argv=None): # Arguments; default: those of the command line
     "Check list files and images of a data set before training. Exit status: 0 all right, 1 something is wrong, 2 bad usage."
     p = argparse.ArgumentParser('balms_check', description='Check list files (one `path label` a line) and images before training. Exit status 1 if anything is wrong.')
     p.add_argument('name', choices=[*LIST_FACTS, 'own'], help='a published data set, whose counts are compared, or own: lists of your own')
@@ -509,7 +509,12 @@ class _One:
 
 class Parcel(_One):                                               # so that fastai keeps its type
     "The images of a batch on the way from a worker"
-    def __init__(self, memory, ends, shapes, where): self.memory, self.ends, self.shapes, self.where = memory, ends, shapes, where
+    def __init__(self,
+        memory, # One uint8 tensor with all pixels, after a head
+        ends, # Where each image ends in it
+        shapes, # Shape of each image
+        where, # Place of each image in its original
+    ): self.memory, self.ends, self.shapes, self.where = memory, ends, shapes, where
     @classmethod
     def of(cls, items:list): # Of `_One`
         xs, ends = [o.x.permute(1, 2, 0) if o.x.ndim == 3 else o.x for o in items], np.cumsum([o.x.numel() for o in items]).tolist()

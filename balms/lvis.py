@@ -679,7 +679,7 @@ def _decode_all(a, files, num_workers):
     with ThreadPool(num_workers or os.cpu_count()) as pool: return [p for p in pool.imap(one, range(len(files)), chunksize=16) if p]
 
 # %% ../nbs/07a_lvis_data.ipynb #07a46746
-def balms_check_lvis(argv=None):
+def balms_check_lvis(argv=None): # Arguments; default: those of the command line
     "Check an annotation file and its photos before training. Exit status: 0 all right, 1 something is wrong, 2 bad usage."
     p = argparse.ArgumentParser('balms_check_lvis', description='Check an annotation file of LVIS or COCO, and its photos, before training. Exit status 1 if anything is wrong.')
     p.add_argument('path', help='annotation file (JSON)')

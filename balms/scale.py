@@ -183,7 +183,7 @@ def _leave():
     if dist.is_initialized(): dist.destroy_process_group()
 
 @contextmanager
-def ending_together(ranks):
+def ending_together(ranks): # What `start_ranks` gives
     "An error in one process ends the run in all of them"
     try: yield
     except BaseException as e:
