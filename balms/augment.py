@@ -14,7 +14,10 @@ from torch import Tensor
 # %% ../nbs/05_augment.ipynb #cab95716
 class CropFlip:
     "Random crop after padding by `pad` zeros and, if `flip`, a horizontal flip of every second image on average."
-    def __init__(self, pad:int=4, flip:bool=True): self.pad, self.flip = pad, flip
+    def __init__(self,
+        pad:int=4, # Zeros around the image, in pixels
+        flip:bool=True, # Flip half of the images
+    ): self.pad, self.flip = pad, flip
     def __call__(self,
         x:Tensor, # Images (b, c, h, w), any dtype
         gen:torch.Generator=None, # On the device of `x`
@@ -35,7 +38,8 @@ def _images(x):
 # %% ../nbs/05_augment.ipynb #f266696b
 class Cutout:
     "Zero a square of `size` pixels around a uniformly random centre; it may hang over the edge (DeVries and Taylor 2017)."
-    def __init__(self, size:int=16): self.size = size
+    def __init__(self, size:int=16): # Side of the square, in pixels
+        self.size = size
     def __call__(self,
         x:Tensor, # Images (b, c, h, w), any dtype
         gen:torch.Generator=None, # On the device of `x`
@@ -361,7 +365,8 @@ class TrivialAugmentWide(RandAugment):
 # %% ../nbs/05_augment.ipynb #26d75e9a
 class Chain:
     "Augmentations in a row, each called with the batch and the generator."
-    def __init__(self, *augments): self.augments = augments
+    def __init__(self, *augments): # Called as augment(x, gen)
+        self.augments = augments
     def __call__(self, x:Tensor, gen:torch.Generator=None) -> Tensor: # Images (b, c, h, w)
         for f in self.augments: x = f(x, gen)
         return x
@@ -374,7 +379,7 @@ class Chain:
 
 class AutoAugmentCutout(Chain):
     "Crop, flip, AutoAugment with the CIFAR-10 policy and Cutout: the CIFAR augmentation of Ren et al. 2020, in their order."
-    def __init__(self, pad:int=4, cutout:int=16):
+    def __init__(self, pad:int=4, cutout:int=16): # Pixels: zeros around the image, side of the square
         super().__init__(CropFlip(pad), AutoAugment('cifar10'), Cutout(cutout))
         self.pad, self.cutout = pad, cutout
     def __repr__(self): return f'AutoAugmentCutout(pad={self.pad}, cutout={self.cutout})'

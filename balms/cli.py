@@ -12,7 +12,8 @@ from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #b5245436
 def _fail(command, e):
-    "An error of the user's as one line, without a traceback"
+    "An error of the user's as one line, without a traceback, also if it comes from a worker"
+    if str(e).startswith('Caught '): e = str(e).rsplit(f'\n{type(e).__name__}: ', 1)[-1].rstrip()
     print(f'{command}: error: {e}', file=sys.stderr)
     raise SystemExit(2)
 
@@ -43,7 +44,7 @@ def _parser():
     return p
 
 # %% ../nbs/13_cli.ipynb #72426e8c
-def balms_train(argv=None):
+def balms_train(argv=None): # Arguments; default: those of the command line
     "Train by recipe, print the table and save the figure. Exit status: 0 done, 2 bad input, 130 stopped."
     import warnings
     if argv is None: warnings.filterwarnings('ignore', category=FutureWarning)       # of the libraries underneath
@@ -87,7 +88,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise ValueError(f'Device {name!r} cannot be used here: {str(e).splitlines()[0]}') from None
 
 # %% ../nbs/13_cli.ipynb #8b1b0b8b
-def balms_table(argv=None):
+def balms_table(argv=None): # Arguments; default: those of the command line
     "Print the table of the finished runs in a ledger. Exit status: 0 done, 2 bad input."
     p = argparse.ArgumentParser('balms_table', description='The ledger as a table: accuracy in %, mean and standard error over seeds.')
     p.add_argument('ledger', nargs='?', default='runs', help='a ledger, or the folder it is in  [runs]')
@@ -103,7 +104,7 @@ def balms_table(argv=None):
     except (ValueError, KeyError) as e: _fail('balms_table', e)
 
 # %% ../nbs/13_cli.ipynb #449b3373
-def main(argv=None):
+def main(argv=None): # Arguments; default: those of the command line
     "`balms_train`, `balms_table` or `balms_check`, by the first word"
     from balms.image_lists import balms_check
     commands, argv = dict(train=balms_train, table=balms_table, check=balms_check), sys.argv[1:] if argv is None else argv

@@ -269,7 +269,7 @@ class ArrayDL(TfmdDL):
         seed:int=0, # Of the order and of the augmentation
         device=None, # Where images are held
         num_workers:int=0, # For fastai's own calls; there are no workers
-        **kwargs
+        **kwargs # Of fastai's `TfmdDL`
     ):
         if not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(dataset)
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, device=torch.device(device or 'cpu'), **kwargs)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 import numpy as np, torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader as TorchLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg, encode_png
 from fastai.data.core import TfmdDL, DataLoaders
@@ -168,36 +169,37 @@ def sample_tree(
 # %% ../nbs/04a_image_lists.ipynb #08bc2761
 def decode_rgb(
     data, # An image file: bytes or a uint8 tensor
+    orient:bool=True, # Turn it as the camera's orientation tag says
 ) -> torch.Tensor: # uint8 (3, h, w)
     "Decode an image. Raises `ValueError` if it is damaged, animated, or has more than 8 bits a channel."
     if not isinstance(data, torch.Tensor):
         if not len(data): raise ValueError('the file is empty')
         if data[:4] in (b'%!PS', b'\xc5\xd0\xd3\xc6'): raise ValueError('does not decode: a program in PostScript, not an image')
-        if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data)
+        if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data, orient)
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    try: x = decode_image(data, ImageReadMode.RGB)
-    except RuntimeError as e: x = _decode_pil(data, e)
+    try: x = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=orient)
+    except RuntimeError as e: x = _decode_pil(data, orient, e)
     if x.ndim != 3: raise ValueError(f'{len(x)} frames, where one image should be')
     if x.dtype != torch.uint8: raise ValueError('more than 8 bits a channel')
     return x
 
-def _decode_pil(data, error):
+def _decode_pil(data, orient, error):
     "Formats that torchvision does not know"
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes())) as im:
             if im.mode[0] in 'IF': raise ValueError('more than 8 bits a channel')
-            return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+            return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         why = str(e) if 'cannot identify' not in str(e) else 'not an image'
         raise ValueError(f'does not decode: {why}') from error
 
-def _decode_png(data):
+def _decode_png(data, orient):
     "By Pillow: at a damaged one torchvision's decoder may end the process"
     try:
         with Image.open(io.BytesIO(data), formats=['PNG']) as im:
             if data[24] > 8: raise ValueError('more than 8 bits a channel')
             if getattr(im, 'n_frames', 1) > 1: raise ValueError(f'{im.n_frames} frames, where one image should be')
-            return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+            return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
     except Exception as e: raise ValueError(f'does not decode: {e}') from e
 
 # %% ../nbs/04a_image_lists.ipynb #33d89719
@@ -291,7 +293,7 @@ def _check_split(split, parsed, paths, facts, k, report, problems):
     report.append(line + f' ({path.name})')
 
 # %% ../nbs/04a_image_lists.ipynb #a8d53971
-def balms_check(argv=None):
+def balms_check(argv=None): # Arguments; default: those of the command line
     "Check list files and images of a data set before training. Exit status: 0 all right, 1 something is wrong, 2 bad usage."
     p = argparse.ArgumentParser('balms_check', description='Check list files (one `path label` a line) and images before training. Exit status 1 if anything is wrong.')
     p.add_argument('name', choices=[*LIST_FACTS, 'own'], help='a published data set, whose counts are compared, or own: lists of your own')
@@ -324,8 +326,9 @@ class ImageListDataset(Dataset):
         root, # Folder of the images
         vocab=None, # Names of the k classes; default: '0', '1', ...
         view=None, # Called with a uint8 image (3, h, w); default: as it is
+        orient:bool=True, # Turn images as the camera's orientation tag says
     ):
-        self.root, self.view, listed = Path(root).expanduser(), view, isinstance(items, ImageList)
+        self.root, self.view, self.orient, listed = Path(root).expanduser(), view, orient, isinstance(items, ImageList)
         self.files, self.source = _Strings(items.files if listed else map(str, items)), items.path if listed else None
         self.targets = items.targets if listed else torch.zeros(len(self.files), dtype=torch.long)
         self.lines = np.asarray(items.lines) if listed else np.arange(1, len(self.files) + 1)
@@ -352,7 +355,7 @@ def read(self:ImageListDataset, i:int) -> bytes:
 @patch
 def image(self:ImageListDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
-    try: return decode_rgb(self.read(i))
+    try: return decode_rgb(self.read(i), self.orient)
     except ValueError as e: raise ValueError(f'{self.where(i)}: {self.root/self.files[i]}: {e}') from e
 
 @patch
@@ -376,6 +379,7 @@ def _drop_missing(lst, root):
     with ThreadPool(16) as pool: there = pool.map(lambda f: (Path(root)/f).is_file(), lst.files, chunksize=256)
     if all(there): return lst, []
     keep = [i for i, t in enumerate(there) if t]
+    if not keep: raise FileNotFoundError(f'{lst.path}: none of its {len(lst):,} images is in {root}. Is that the image root?')
     skipped = [f'{lst.at(i)}: no file {Path(root)/lst.files[i]}' for i, t in enumerate(there) if not t]
     warnings.warn(f'{len(skipped):,} of {len(lst):,} images of {lst.path} are missing and are skipped:\n{_summary(skipped)}')
     return ImageList(lst.path, [lst.files[i] for i in keep], lst.targets[keep], [lst.lines[i] for i in keep]), skipped
@@ -387,6 +391,7 @@ def load_lists(
     valid:str='test', # The list to validate on: 'test' or 'val'
     vocab=None, # Names of the k classes; default: '0', '1', ...
     skip_missing:bool=False, # Leave out images that are not there, and say how many
+    orient:bool=None, # Turn images as the camera's orientation tag says; default: own lists yes, published sets no
 ) -> tuple: # (train, valid) as `ImageListDataset`s
     "Training and validation images of a data set in lists. Raises `ValueError` with file and line where labels are not 0..k-1, or training lacks a class."
     paths, root, sets = find_lists(root if lists is None else lists, name), Path(root).expanduser(), []
@@ -400,8 +405,15 @@ def load_lists(
             if gaps := _gaps(lst.path, lst.targets, k): raise ValueError(f'{gaps[0]}. Labels must be 0..{k - 1} without gaps')
         elif len(odd := (lst.targets >= k).nonzero().flatten().tolist()): raise ValueError(_summary([f'{lst.at(i)}: class {lst.targets[i]}, of which training has no images' for i in odd]))
         if vocab is not None and len(vocab) != k: raise ValueError(f'vocab has {len(vocab)} names for {k} classes')
-        sets.append(ImageListDataset(lst, root, [str(i) for i in range(k)] if vocab is None else vocab)); sets[-1].skipped = skipped
+        sets.append(ImageListDataset(lst, root, [str(i) for i in range(k)] if vocab is None else vocab, orient=name is None if orient is None else orient)); sets[-1].skipped = skipped
     return tuple(sets)
+
+# %% ../nbs/04a_image_lists.ipynb #b3e7d215
+def _resize(x, size, box=None):
+    "An image uint8 (3, h, w), or the part `box` = (top, left, height, width) of it, resized with antialiasing; in memory colours stay as they lie"
+    (top, left, h, w), (c, down, right) = box or (0, 0, *x.shape[1:]), x.stride()
+    x = x.as_strided((1, 3, h, w), (x.numel(), c, down, right), x.storage_offset() + top*down + left*right)     # with this first stride torch knows the order
+    return F.interpolate(x, size, mode='bilinear', antialias=True)[0] if x.is_cpu else TF.resize(x[0], size, antialias=True)
 
 # %% ../nbs/04a_image_lists.ipynb #d65432c5
 @dataclass
@@ -413,26 +425,29 @@ class RandomWindow:
     def window(self, h:int, w:int) -> tuple: # (top, left, height, width)
         "Draw a window of an image of `h` x `w`; the largest in the middle if ten draws do not fit"
         (s0, s1), (r0, r1) = self.scale, map(math.log, self.ratio)
-        for a, r, y, x in torch.rand(10, 4).tolist():
+        for _ in range(10):
+            a, r, y, x = torch.rand(4).tolist()
             area, aspect = h*w*(s0 + (s1 - s0)*a), math.exp(r0 + (r1 - r0)*r)
             ww, hh = round((area*aspect)**.5), round((area/aspect)**.5)
             if 0 < ww <= w and 0 < hh <= h: return int(y*(h - hh + 1)), int(x*(w - ww + 1)), hh, ww
         ww, hh = min(w, round(h*self.ratio[1])), min(h, round(w/self.ratio[0]))
         return (h - hh)//2, (w - ww)//2, hh, ww
-    def __call__(self, x): return TF.resized_crop(x, *self.window(*x.shape[-2:]), [self.size]*2, antialias=True)
+    def __call__(self, x): return _resize(x, (self.size,)*2, self.window(*x.shape[-2:]))
 
 @dataclass
 class Resized:
     "The whole image, resized to a square"
     size:int=224 # Side of the result
-    def __call__(self, x): return TF.resize(x, [self.size]*2, antialias=True)
+    def __call__(self, x): return _resize(x, (self.size,)*2)
 
 @dataclass
 class Centre:
     "The centre of an image whose short side is resized"
     size:int=224 # Side of the result
     resize:int=256 # Short side before
-    def __call__(self, x): return TF.center_crop(TF.resize(x, [self.resize], antialias=True), [self.size]*2)
+    def __call__(self, x):
+        h, w = x.shape[-2:]
+        return TF.center_crop(_resize(x, (self.resize, self.resize*w//h) if h <= w else (self.resize*h//w, self.resize)), [self.size]*2)
 
 # %% ../nbs/04a_image_lists.ipynb #9ec85eaa
 _GREY = .2989, .587, .114
@@ -488,40 +503,58 @@ def _room(n):
     return s[:_HEAD + n]
 
 class _One:
-    "One image for a `Parcel`: pixels (3, h, w), or a file as uint8 (n,); `where` says which it is"
-    def __init__(self, x, where): self.x, self.where = x, where
+    "One image for a `Parcel`: pixels (3, h, w), or a file as uint8 (n,), of which `where` says which it is"
+    def __init__(self, x, where=''): self.x, self.where = x, where
     def __repr__(self): return f'{tuple(self.x.shape)}, {self.where}'
 
 class Parcel(_One):                                               # so that fastai keeps its type
     "The images of a batch on the way from a worker"
-    def __init__(self, memory, ends, shapes, where): self.memory, self.ends, self.shapes, self.where = memory, ends, shapes, where
+    def __init__(self,
+        memory, # One uint8 tensor with all pixels, after a head
+        ends, # Where each image ends in it
+        shapes, # Shape of each image
+        where, # Place of each image in its original
+    ): self.memory, self.ends, self.shapes, self.where = memory, ends, shapes, where
     @classmethod
     def of(cls, items:list): # Of `_One`
-        xs, ends = [o.x for o in items], np.cumsum([o.x.numel() for o in items]).tolist()
+        xs, ends = [o.x.permute(1, 2, 0) if o.x.ndim == 3 else o.x for o in items], np.cumsum([o.x.numel() for o in items]).tolist()
         p = cls(_room(ends[-1]), ends, [tuple(x.shape) for x in xs], [o.where for o in items])
-        for to, x in zip(p.parts(), xs): to.copy_(x)
+        if len(set(p.shapes)) == 1: torch.stack(xs, out=p.memory[_HEAD:].view(len(xs), *p.shapes[0]))
+        else:
+            for to, x in zip(p._parts(), xs): to.copy_(x)
         return p
     def __len__(self): return len(self.shapes)
-    def parts(self): return [self.memory[_HEAD + a:_HEAD + b].view(s) for a, b, s in zip([0, *self.ends], self.ends, self.shapes)]
+    def parts(self): return [x.permute(2, 0, 1) if x.ndim == 3 else x for x in self._parts()]
+    def _parts(self): return [self.memory[_HEAD + a:_HEAD + b].view(s) for a, b, s in zip([0, *self.ends], self.ends, self.shapes)]
     def pin_memory(self): return self._read(Parcel(self.memory.pin_memory(), self.ends, self.shapes, self.where))
     def _read(self, res): self.memory[0] = 0; return res
 
 # %% ../nbs/04a_image_lists.ipynb #6f516778
-def _plain_jpeg(data):
-    "Whether bytes are a JPEG file in grey or colour, by its frame header"
+def _turns(exif):
+    "Whether a block of EXIF has an orientation tag by which an image is to be turned"
+    try:
+        o = '<' if exif[:2] == b'II' else '>'
+        at = struct.unpack_from(o + 'I', exif, 4)[0]
+        tags = [struct.unpack_from(o + 'HHIH', exif, at + 2 + 12*i) for i in range(struct.unpack_from(o + 'H', exif, at)[0])]
+    except struct.error: return False
+    return any(tag == 0x112 and 2 <= value <= 8 for tag, _, _, value in tags)
+
+def _plain_jpeg(data, orient=True):
+    "Whether bytes are a JPEG file in grey or colour, by its frame header, and stand upright"
     if data[:2] != b'\xff\xd8': return False
     i = 2
     while i + 9 < len(data) and data[i] == 0xff:
         marker, n = data[i + 1], int.from_bytes(data[i + 2:i + 4], 'big')
         if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc): return marker < 0xc3 and data[i + 9] in (1, 3)
+        if orient and marker == 0xe1 and data[i + 4:i + 10] == b'Exif\0\0' and _turns(data[i + 10:i + 2 + n]): return False
         i += 1 if marker == 0xff else 2 + n
     return False
 
 @patch
 def _item(self:ImageListDataset, i):
     "Image `i` for a `Parcel`: as it is seen, or its file for a device that decodes"
-    if self.encoded and _plain_jpeg(data := self.read(i)): return _One(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.where(i))
-    return _One(self.image(i) if self.encoded else self._seen(i), self.where(i))
+    if self.encoded and _plain_jpeg(data := self.read(i), self.orient): return _One(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.where(i))
+    return _One(self.image(i) if self.encoded else self._seen(i))
 
 # %% ../nbs/04a_image_lists.ipynb #d53a845e
 class Unpack(Transform):
@@ -534,7 +567,9 @@ class Unpack(Transform):
     def encodes(self, x:Parcel):
         if self.view is None:
             if len(set(x.shapes)) > 1: raise ValueError(f'Images of unequal size in a batch, {sorted(set(x.shapes))[:3]}: the view must give them one')
-            return x._read(TensorImage(x.memory[_HEAD:].view(len(x), *x.shapes[0]).to(self.device, copy=True)))
+            ims = x.memory[_HEAD:].to(self.device).view(len(x), *x.shapes[0])
+            if ims.ndim == 4: ims = ims.permute(0, 3, 1, 2)
+            return x._read(TensorImage(torch.empty(ims.shape, dtype=torch.uint8, device=self.device).copy_(ims)))       # colours apart, in planes
         parts = x.parts()
         files = [i for i, p in enumerate(parts) if p.ndim == 1]
         try: ims = dict(zip(files, decode_jpeg([parts[i] for i in files], ImageReadMode.RGB, device=self.device))) if files else {}
@@ -554,7 +589,7 @@ class ImageListDL(TfmdDL):
     "A fastai `DataLoader` of an `ImageListDataset`, which also takes paths of images to predict, as in `learn.dls.test_dl(paths)`"
     def new(self, dataset=None, cls=None, **kwargs):
         old = self.dataset
-        if dataset is not None and not isinstance(dataset, Dataset): dataset = ImageListDataset(dataset, '', old.vocab, old.view)._copy(split_idx=1, encoded=old.encoded, parcels=True)
+        if dataset is not None and not isinstance(dataset, Dataset): dataset = ImageListDataset(dataset, '', old.vocab, old.view, old.orient)._copy(split_idx=1, encoded=old.encoded, parcels=True)
         return super().new(dataset, cls, **kwargs)
 
 # %% ../nbs/04a_image_lists.ipynb #2d8265a3
@@ -633,7 +668,7 @@ def pack_images(
         with os.fdopen(fd, 'wb') as f:
             f.write(_HEADER.pack(_MAGIC, 0, 0, 0))
             for data in (d for ds_ in (progress_bar(dl) if progress else dl) for d in ds_): f.write(data); lengths.append(len(data)); crcs.append(zlib.crc32(data))
-            start, index = f.tell(), _index(ds, lengths, crcs, dict(short=short, quality=quality, vocab=ds.vocab, source=str(ds.source.name if ds.source else '')))
+            start, index = f.tell(), _index(ds, lengths, crcs, dict(short=short, quality=quality, orient=ds.orient, vocab=ds.vocab, source=str(ds.source.name if ds.source else '')))
             f.write(index); f.seek(0); f.write(_HEADER.pack(_MAGIC, start, len(index), zlib.crc32(index))); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException: os.unlink(tmp); raise
@@ -652,7 +687,7 @@ class PackedDataset(ImageListDataset):
         self.files = object.__new__(_Strings); self.files.ends, self.files.data = z['name_ends'], z['names']
         self.about, self.lines, self.targets = json.loads(str(z['about'])), z['line'], torch.from_numpy(z['label'].astype(np.int64))
         self.vocab, self.source, self._crc, self._ends = self.about['vocab'], self.path, z['crc'], first + np.concatenate([[0], z['length'].cumsum(dtype=np.int64)])
-        self.idxs = np.arange(len(self.targets))
+        self.idxs, self.orient = np.arange(len(self.targets)), self.about.get('orient', False)           # as it was packed
         if of is not None: self._same(of)
     def where(self, i): return f'{self.path}: image {self.idxs[i]} ({self.files[i]}, line {self.lines[i]} of {self.about["source"]})'
     def subset(self, idxs): return super().subset(idxs)._copy(idxs=self.idxs[np.asarray(idxs, np.int64)])
@@ -687,7 +722,7 @@ def read(self:PackedDataset, i:int) -> bytes:
 @patch
 def image(self:PackedDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
-    return decode_rgb(self.read(i))
+    return decode_rgb(self.read(i), self.orient)
 
 @patch
 def _same(self:PackedDataset, lst):

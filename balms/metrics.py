@@ -27,7 +27,11 @@ def per_class_accuracy(
     n = class_counts(targs, num_classes)
     return class_counts(targs[preds == targs], num_classes)/n
 
-def mean_class_accuracy(preds:Tensor, targs:Tensor, num_classes:int=None) -> Tensor:
+def mean_class_accuracy(
+    preds:Tensor, # Predicted labels (n,), or probabilities or logits (n, k)
+    targs:Tensor, # True labels (n,)
+    num_classes:int=None, # k; needed when `preds` are labels
+) -> Tensor: # A number in 0..1
     "Mean of `per_class_accuracy` over the classes that have test samples"
     return per_class_accuracy(preds, targs, num_classes).nanmean()
 
@@ -64,7 +68,9 @@ class ShotAccuracy(AccumMetric):
     @property
     def name(self): return 'mean_class_acc' if self.shot == 'overall' else f'{self.shot}_acc'
 
-def shot_metrics(counts) -> list:
+def shot_metrics(
+    counts, # Training images a class (k,)
+) -> list: # For `Learner(metrics=...)`
     "The four fastai metrics of a long-tailed run: mean per-class accuracy, and that of many-, medium- and few-shot classes"
     return [ShotAccuracy(counts, s) for s in ('overall', *SHOTS)]
 
@@ -90,7 +96,11 @@ def reliability(
     mean = lambda v: torch.bincount(b, v.double(), minlength=n_bins)/n
     return mean(conf).float(), mean((preds == targs.as_subclass(Tensor)).float()).float(), n/max(len(b), 1)
 
-def ece(probs:Tensor, targs:Tensor, n_bins:int=15) -> Tensor:
+def ece(
+    probs:Tensor, # Probabilities (n, k)
+    targs:Tensor, # True labels (n,)
+    n_bins:int=15, # Equal bins of confidence
+) -> Tensor: # A number in 0..1
     "Expected calibration error, in 0..1: the mean of |confidence - accuracy| over bins of confidence (Guo et al. 2017)"
     conf, acc, share = reliability(probs, targs, n_bins)
     return ((conf - acc).abs()*share).nansum()
@@ -131,7 +141,7 @@ def plot_per_class(
     accs:dict, # Name to per-class accuracy (k,)
     counts, # Training images a class (k,), for the order of the classes
     ax=None, # Axis to draw on
-    title:str='Accuracy by class',
+    title:str='Accuracy by class', # Above the axis
 ):
     "Per-class accuracy over the classes, from common to rare"
     ax = _curves(accs, counts, ax, title, 'accuracy')
@@ -142,7 +152,7 @@ def plot_marginal(
     pys:dict, # Name to p(y) (k,), from `marginal_likelihood`
     counts, # Training images a class (k,), for the order of the classes
     ax=None, # Axis to draw on
-    title:str='p(y) on the test set',
+    title:str='p(y) on the test set', # Above the axis
 ):
     "Marginal likelihood over the classes, from common to rare; flat, at 1/k, is unbiased (Ren et al. 2020, Fig. 1)"
     ax = _curves(pys, counts, ax, title, 'p(y)')
@@ -154,7 +164,7 @@ def plot_reliability(
     preds:dict, # Name to (probabilities (n, k), true labels (n,))
     n_bins:int=10, # Equal bins of confidence
     ax=None, # Axis to draw on
-    title:str='Reliability',
+    title:str='Reliability', # Above the axis
 ):
     "Accuracy over confidence; below the diagonal the classifier is too sure of itself"
     ax = _axis(ax, title, xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))

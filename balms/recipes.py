@@ -393,7 +393,9 @@ class Checkpoint(Callback):
     def after_fit(self): self.seconds += time.time() - self.began
 
 # %% ../nbs/12_recipes.ipynb #67bedb7f
-def data_crc(ds) -> int:
+def data_crc(
+    ds, # `ArrayDataset`, or a data set of images in lists
+) -> int: # Unsigned, 32 bits
     "Checksum of images and labels: says which subset a number was measured on. Of images in lists their names, and in a pack the checksums of their files"
     if isinstance(ds, ArrayDataset): images = ds.images.cpu().contiguous().numpy()
     else: images = np.concatenate([np.frombuffer(b'\0'.join(ds.files[i].encode('utf-8', 'surrogateescape') for i in range(len(ds))), np.uint8), ds._crc[ds.idxs].view(np.uint8) if isinstance(ds, PackedDataset) else np.zeros(0, np.uint8)])

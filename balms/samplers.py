@@ -185,7 +185,7 @@ class SampledDL(TfmdDL):
         n_batches:int=None, # Batches an epoch; default: as many as without a sampler, shared out between the ranks
         prefetch_factor:int=2, # Batches that each worker has under way
         seed:int=None, # Of random transforms: then they depend on nothing else but the number of the batch and the item's place in it; None: as PyTorch seeds its workers
-        **kwargs
+        **kwargs # Of fastai's `TfmdDL`
     ):
         self.sampler, self.n_batches, self.prefetch_factor, self.seed, self._ahead, self._todo, self._used = sampler, n_batches, prefetch_factor, seed, deque(), deque(), 0
         self._rank, self._world = getattr(sampler, 'rank', 0), getattr(sampler, 'world_size', 1)
@@ -240,7 +240,8 @@ def _loader(self:SampledDL, batches):
     "PyTorch's loader over an iterator of (list of indices, number of the batch)"
     n = self.fake_l.num_workers
     return TorchLoader(_Items(self), batch_sampler=batches, num_workers=n, collate_fn=_as_is, pin_memory=self.pin_memory, timeout=self.timeout,
-                       worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None)
+                       worker_init_fn=_start_worker, prefetch_factor=self.prefetch_factor if n else None,
+                       generator=None if self.seed is None else torch.Generator().manual_seed(self.seed))     # without one it takes a number from the global generator
 
 # %% ../nbs/07_samplers.ipynb #4f438898
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['batch_weight', 'MicroBatches', 'FrozenPieces', 'Ranks', 'start_ranks', 'ending_together', 'Distributed']
 
 # %% ../nbs/11b_scale.ipynb #22b81842
-import atexit, os, torch
+import atexit, os, torch, warnings
 import torch.distributed as dist
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -154,16 +154,24 @@ class Ranks:
 def start_ranks(
     device=None, # 'cpu' or 'cuda'; default: CUDA if there is one
 ) -> tuple: # (Ranks, device of this process)
-    "Join the processes that `torchrun` has started, if it has. Raises `ValueError` if there are fewer GPUs than processes."
+    "Join the processes that `torchrun` or `accelerate launch` has started, if one has. Raises `ValueError` if there are fewer GPUs than processes."
     device, world = torch.device(device or default_device()), int(os.environ.get('WORLD_SIZE') or 1)
+    _of_accelerate(world)
     if world > 1 and not dist.is_initialized():
-        if gone := [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(k)]: raise ValueError(f'WORLD_SIZE is {world}, but {", ".join(gone)} is not set: start with torchrun')
+        if gone := [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(k)]: raise ValueError(f'WORLD_SIZE is {world}, but {", ".join(gone)} is not set: start with torchrun or accelerate launch')
         cuda = device.type == 'cuda'
         if cuda: _own_gpu()
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=60))
         atexit.register(_leave)
     ranks = Ranks()
     return ranks, torch.device('cuda', torch.cuda.current_device()) if ranks.world > 1 and device.type == 'cuda' else device
+
+def _of_accelerate(world):
+    "Warn of what `accelerate launch` was told and is not done"
+    e = os.environ
+    if e.get('RANK', '0') != '0': return
+    if e.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no': warnings.warn(f'mixed_precision={e["ACCELERATE_MIXED_PRECISION"]} of accelerate is not looked at: the precision is that of the recipe, as in --precision bfloat16')
+    if world == 1 and 'ACCELERATE_USE_CPU' in e and 'MASTER_PORT' in e and 'WORLD_SIZE' not in e: warnings.warn('accelerate has started one process, whatever --num_processes says: with --multi_gpu, in place of --cpu, it starts several')
 
 def _own_gpu():
     local, n = int(os.environ.get('LOCAL_RANK') or os.environ['RANK']), torch.cuda.device_count()
@@ -175,7 +183,7 @@ def _leave():
     if dist.is_initialized(): dist.destroy_process_group()
 
 @contextmanager
-def ending_together(ranks):
+def ending_together(ranks): # What `start_ranks` gives
     "An error in one process ends the run in all of them"
     try: yield
     except BaseException as e:

@@ -1,12 +1,13 @@
 """Images a second from lists and from packs beside decoding alone, and memory over epochs: ratios measured in one process.
 
-    python benchmarks/loading.py [--workers 1] [--images 384] [--seconds 60] [--epochs 8]
+    python benchmarks/loading.py [--workers 1] [--images 384] [--repeat 3] [--seconds 60] [--epochs 8] [--sides decode training]
 
 Photos are made from the two that scikit-learn has: windows of 500x375, about 100 KB a file, as ImageNet's are. *Decode alone* is the
 same loader with the same workers, which read and decode each file and return nothing but its label; *decode, send whole* sends the
 decoded image as fastai's loader sends a tensor, which is what a loader without transforms does. The loader reads, decodes, draws a
 window, resizes it to 224x224 and sends it; *to the device* adds mirror, colour jitter and normalisation, which the main process does on
-whole batches, here on the CPU.
+whole batches, here on the CPU. Workers send the colours of a pixel side by side, as decoders give them; the main process takes them
+apart on the device. Where that is a CPU its time is the main process's, part of what is seen by the clock, and is printed by itself.
 
 Rates are images a second of a worker's processor time, which other work on the machine disturbs less than the clock; by the
 clock they are printed beside. Each side runs in short turns. Rates and ratios are medians over the turns, a ratio is
@@ -21,7 +22,7 @@ from PIL import Image
 from fastai.data.core import TfmdDL
 from fastai.torch_core import TensorCategory
 from fastai.vision.core import TensorImage
-from balms.image_lists import Centre, ImageListDL, ImageListDataset, RandomWindow, Unpack, _One, _collate, list_dls, pack_images, read_list
+from balms.image_lists import Centre, ImageListDL, ImageListDataset, Parcel, RandomWindow, Unpack, _One, _collate, list_dls, pack_images, read_list
 from balms.samplers import resampled
 
 LIMIT = .85                                                             # of decoding with nothing sent
@@ -68,6 +69,11 @@ def rate(dl, ahead):
     return last, n/(time.perf_counter() - start)
 
 
+def unpacking(parcel):
+    "Seconds of processor time an image"
+    start = time.process_time(); Unpack('cpu')(parcel); return (time.process_time() - start)/len(parcel)
+
+
 def memory():
     "Anonymous memory of this process and its workers, in MB, what they share counted once"
     one = lambda pid: int(next(l for l in Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines() if l.startswith('Pss_Anon')).split()[1])/1e3
@@ -78,6 +84,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--workers', type=int, default=1); p.add_argument('--images', type=int, default=384); p.add_argument('--seconds', type=float, default=60)
     p.add_argument('--epochs', type=int, default=8); p.add_argument('--bs', type=int, default=32)
+    p.add_argument('--repeat', type=int, default=3, help='the photos so many times a turn'); p.add_argument('--sides', nargs='+', help='only sides whose names have one of these words, and no memory  [all]')
     a = p.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tmp:
@@ -87,7 +94,7 @@ def main():
         pack = pack_images(ds, root/'photos.pack', num_workers=0)
         lossless = pack_images(ds, root/'lossless.pack', quality=None, num_workers=0)
         print(f'torch {torch.__version__}, {a.workers} worker{"s"*(a.workers > 1)}, {a.images} photos of 500x375, {kb:.0f} KB; packed {(root/"photos.pack").stat().st_size/a.images/1e3:.0f} KB (JPEG 95), {(root/"lossless.pack").stat().st_size/a.images/1e3:.0f} KB (PNG)')
-        long = torch.arange(3*a.images) % a.images                     # three times the photos a turn
+        long = torch.arange(a.repeat*a.images) % a.images
         ds, pack, lossless = (d.subset(long) for d in (ds, pack, lossless))
         plain = lambda ds: ImageListDL(ds, bs=a.bs, num_workers=a.workers, create_batch=_collate, after_batch=[Unpack('cpu')], device='cpu')
         view = lambda ds, v: plain(ds._copy(view=v, parcels=True))
@@ -95,10 +102,15 @@ def main():
                  'training, to the device': list_dls(ds, ds, bs=a.bs, preset='code', num_workers=a.workers, device='cpu').train,
                  'packed: decode alone': plain(DecodeOnly(pack)), 'packed: training view': view(pack, RandomWindow()), 'packed: test view': view(pack, Centre()),
                  'lossless: training view': view(lossless, RandomWindow())}
+        if a.sides: sides = {s: d for s, d in sides.items() if s == 'decode alone' or any(w in s for w in a.sides)}
         turns, end = [], time.perf_counter() + a.seconds
         while len(turns) < 5 or time.perf_counter() < end: turns.append({s: rate(dl, 2*a.workers) for s, dl in sides.items()})
         mid = lambda f: statistics.median(f(t) for t in turns)
         for s in sides: print(f'    {s:26}{mid(lambda t: t[s][0]):6.0f} images a worker second   {mid(lambda t: t[s][0]/t["decode alone"][0]):5.2f} x decode alone      by the clock {mid(lambda t: t[s][1]):6.0f} a second {mid(lambda t: t[s][1]/t["decode alone"][1]):5.2f} x')
+        parcel, n = Parcel.of([_One(RandomWindow()(ds.image(i))) for i in range(a.bs)]), 50
+        apart = [unpacking(parcel) for _ in range(n)]
+        print(f'    the main process takes the colours of an image apart in {statistics.median(apart)*1e3:.3f} ms on the CPU')
+        if a.sides: return 0
         for x, y in (('training view', 'decode, send whole'), ('packed: training view', 'packed: decode alone'), ('packed: training view', 'training view')): print(f'    {x} / {y}: {mid(lambda t: t[x][0]/t[y][0]):.2f}')
         sent, strict, packed = (mid(lambda t: t[x][0]/t[y][0]) for x, y in (('training view', 'decode, send whole'), ('training view', 'decode alone'), ('packed: training view', 'decode alone')))
         ok, say = strict >= LIMIT, lambda share: f'{"yes" if share >= LIMIT else "NO"}, {share:.0%}'

@@ -1,5 +1,6 @@
 "Runs of two and four processes on CPU: the weights of one process, the same rates on all, killed and resumed, and what happens when one of them ends."
 import os, signal, socket, subprocess, sys, time
+from importlib.util import find_spec
 import pytest, torch
 from balms.image_lists import sample_tree
 from balms.recipes import Recipe, read_ledger, run
@@ -71,25 +72,27 @@ def test_two_processes_are_one(tree, tmp_path):
     for r in recipes[:2]: close(tmp_path/'one', tmp_path/'pieces', r)
 
 
-@pytest.mark.parametrize('data', ['lists', 'digits'])
-def test_killed_and_resumed(tree, tmp_path, data):
-    "Both processes killed in stage 2, with batch normalisation and augmentation; resumed, bit for bit"
-    kw = dict(model='resnet8', size=24, bs=16, iters=6, iters2=8, augment='window', threads=1) if data == 'lists' else dict(bs=32, iters=6, iters2=8)
+@pytest.mark.parametrize('data,stage', [('lists', 1), ('lists', 2), ('digits', 2)])
+def test_killed_and_resumed(tree, tmp_path, data, stage):
+    "Both processes killed in the middle of a stage, with batch normalisation and augmentation; resumed, both stages are those of a run that was not killed, bit for bit"
+    kw = dict(model='resnet8', size=24, bs=16, iters=9, iters2=8, augment='window', threads=1) if data == 'lists' else dict(bs=32, iters=6, iters2=8)
     r = Recipe(tree if data == 'lists' else 'digits', method='balms', **kw)
     both([r], tmp_path/'a')
-    kill = '''
+    hit = r.first.key if stage == 1 else r.key
+    kill = f'''
 import signal
 write = m.Checkpoint._write
 def _write(self, state):
     write(self, state)
-    if 'balms' in str(self.path) and self.step == 4: self.ranks.agree(True); os.kill(os.getpid(), signal.SIGKILL)
+    if self.path.parent.name == {hit!r} and self.step == 4: self.ranks.agree(True); os.kill(os.getpid(), signal.SIGKILL)
 m.Checkpoint._write = _write'''
     assert [c for c, _, _ in call(2, kill + runs([r], tmp_path/'b', every=0))] == [-signal.SIGKILL]*2
-    assert torch.load(tmp_path/'b'/r.key/'checkpoint.pt', weights_only=True)['step'] == 4
+    assert torch.load(tmp_path/'b'/hit/'checkpoint.pt', weights_only=True)['step'] == 4 and not (tmp_path/'b'/hit/'model.pt').exists()
     with pytest.raises(ValueError, match='was saved by 2 processes, and these are 1'): run(r, tmp_path/'b', device='cpu')
     both([r], tmp_path/'b')
-    a, b = model(tmp_path/'a', r), model(tmp_path/'b', r)
-    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model']) and a['r'] == b['r']
+    for stage in (r.first, r):
+        a, b = model(tmp_path/'a', stage), model(tmp_path/'b', stage)
+        assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model']) and a['r'] == b['r']
     assert read_ledger(tmp_path/'a'/'ledger.jsonl')[-1]['nll'] == read_ledger(tmp_path/'b'/'ledger.jsonl')[-1]['nll']
 
 
@@ -127,12 +130,44 @@ def test_errors_of_all(tree, tmp_path):
         for c, _, e in call(2, runs([r], tmp_path, **kw)): assert c == 1 and what in e, e
 
 
-def test_command(tmp_path):
-    "One line starts it: one table, from the first process; a stopped run goes on"
-    line = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', '-m', 'balms.cli', 'train', '--method', 'bs', '--seeds', '1', '--iters', '20', '--device', 'cpu']
-    r = subprocess.run(line, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}, capture_output=True, text=True, timeout=200)
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone']
+ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--main_process_port', '0']
+accelerate = pytest.mark.skipif(not find_spec('accelerate'), reason='accelerate is not installed')
+
+
+def command(line, cwd, *more):
+    return subprocess.run([*line, '-m', 'balms.cli', 'train', '--method', 'bs', '--seeds', '1', '--iters', '20', '--device', 'cpu', *more], cwd=cwd, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope='module')
+def by_torchrun(tmp_path_factory): d = tmp_path_factory.mktemp('torchrun'); return command(TORCHRUN, d), d/'runs'/'ledger.jsonl'
+
+
+def test_command(by_torchrun):
+    "One line starts it: one table, from the first process"
+    r, ledger = by_torchrun
     assert r.returncode == 0 and r.stdout.count('Balanced Softmax') == 1 and r.stdout.count('[1/1]') == 1, r.stderr
-    assert read_ledger(tmp_path/'runs'/'ledger.jsonl')[0]['processes'] == 2
+    assert read_ledger(ledger)[0]['processes'] == 2
+
+
+@accelerate
+def test_accelerate_starts_what_torchrun_starts(tmp_path, by_torchrun):
+    "The same scores by two processes, to the last digit"
+    r = command([*ACCELERATE, '--multi_gpu', '--num_processes', '2'], tmp_path)
+    assert r.returncode == 0 and r.stdout.count('[1/1]') == 1, r.stderr
+    (a,), (b,) = map(read_ledger, (by_torchrun[1], tmp_path/'runs'/'ledger.jsonl'))
+    assert a['processes'] == b['processes'] == 2 and a['nll'] == b['nll'] and a['per_class'] == b['per_class']
+
+
+@accelerate
+def test_accelerate_with_one_process_says_so(tmp_path):
+    "--cpu starts one process whatever the number, and precision is not accelerate's affair: both are said"
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    env.pop('PYTHONWARNINGS', None)
+    r = subprocess.run([*ACCELERATE, '--cpu', '--num_processes', '2', '--mixed_precision', 'bf16', '-m', 'balms.cli', 'train', '--method', 'bs', '--seeds', '1', '--iters', '20', '--device', 'cpu'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert r.returncode == 0 and 'accelerate has started one process, whatever --num_processes says' in r.stderr and 'mixed_precision=bf16 of accelerate is not looked at' in r.stderr, r.stderr
+    (row,) = read_ledger(tmp_path/'runs'/'ledger.jsonl')
+    assert 'processes' not in row and row['recipe']['precision'] == 'float32'
 
 
 def test_four_processes_are_one(tmp_path):

@@ -23,6 +23,7 @@ index = [
     md('# balms\n\n> A promise.'), code('#| hide\nsecret = 1'),
     md('See [the shift](00_core.ipynb#the-shift), `log_prior` and ![a dot](images/a.png){width=3}. In code: `[x](y.md)`.\n\n'
        '## Use {#use}\n\nAn equation $a_1$ and\n\n$$b$$ {#eq-b}\n\n::: {.callout-note}\nNote.\n:::\n\n'
+       '::: {.content-visible when-format="html"}\n\n```{=html}\n<iframe src="images/a.png" title="a"></iframe>\n```\n\n:::\n\n::: {.content-hidden when-format="html"}\n\nStill.\n\n:::\n\n'
        '<!-- command: run -->\n```bash\nbalms_train  # [x](y.md)\n```\n\n<!-- command: test -->\n```bash\nnbdev_test\npytest\n```'),
     code('print("hi")', stream('hi\n')), code('#| echo: false\nprint("there")', stream('there\n')),
     code('#| eval: false\ngo()'), code('#| output: false\nstep()', stream('noise\n')), code('x', show(text_plain='3', text_markdown='**3**'))]
@@ -33,7 +34,7 @@ core = [
        '$$\\text{shift}_j = \\{\\log n_j\\}$$ {#eq-shift}\n\nIn @eq-shift, `balms.core.BalancedSoftmax.from_dls`, `BalancedSoftmax.shift`, `Learner`, `backward()`,\n'
        '`Mine`, `mine()`, `True`, `nn.Linear`, `from_dls()`, 5 for $5 and $\\frac{1}{k}$ are as they should be.'),
     code('import torch'), code('#| export\ndef log_prior(counts): "What the loss adds."'), code('class Mine: pass\ndef mine(): pass'),
-    code('mine()', show(text_plain='1', image_png='iVBOR'))]
+    code('#| fig-alt: "A dot: red."\nmine()', show(text_plain='1', image_png='iVBOR'))]
 
 @pytest.fixture(scope='session')
 def clean(tmp_path_factory):
@@ -65,13 +66,14 @@ def test_clean(clean):
     before = {p: p.stat().st_mtime_ns for p in clean.rglob('*')}
     check = Check(clean)
     assert check.faults == []
-    assert check.counts() == '4 pages, 11 links, 6 formulas checked'
+    assert check.counts() == '4 pages, 12 links, 6 formulas checked'
     assert {p: p.stat().st_mtime_ns for p in clean.rglob('*')} == before      # nothing is left behind
 
 @pytest.mark.parametrize('text, fault', [
     ('[x](99_gone.ipynb)', 'dead link (no such page): [x](99_gone.ipynb)'),
     ('[x](gone.csv)', 'dead link (no such file): [x](gone.csv)'),
     ('<a href="gone.csv">x</a>', 'dead link (no such file)'),
+    ('<iframe src="images/gone.html" title="x"></iframe>', 'dead link (no such file)'),
     ('[x](../settings.ini)', 'outside of nbs/, so not on the site: use https://github.com/balms/balms/blob/main/settings.ini'),
     ('[x](#gone)', 'dead link (no such anchor in nbs/00_core.ipynb): [x](#gone)'),
     ('[x](index.ipynb#gone)', 'dead link (no such anchor in nbs/index.ipynb): [x](index.ipynb#gone)'),
@@ -91,7 +93,9 @@ def test_clean(clean):
     ('$$a = b', 'makes no formula: $$a = b'),
     ('so $ a $ is', 'makes no formula: so $ a $ is'),
     ('so \\alpha is', 'makes no formula: \\alpha'),
+    ('see [`log_prior`](index.ipynb#use)', 'link within a link (backticks in its text are one already): [log_prior]'),
     ('# Again', '2 level-one headings instead of one'),
+    ('| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |', 'table row outside of a table: | 3 | 4 |'),
 ])
 def test_fault_in_text(repo, text, fault):
     add(repo, md(text))
@@ -101,6 +105,14 @@ def test_fault_in_text(repo, text, fault):
 def test_stored_error(repo):
     add(repo, code('f()', error))
     assert Check(repo).faults == ['nbs/00_core.ipynb: stored error in cell 7: ValueError: boom']
+
+@pytest.mark.parametrize('option, n', [('', 2), ('#| fig-alt: ""\n', 2), ('#| fig-alt: [""]\n', 2), ('#| fig-alt: ["", "a", ""]\n', 1), ('#| fig-alt: a\n', 0),
+                                       ('#| echo: false\n#| fig-alt: ["", "a: b", "c"]\n', 0), ('#| output: false\n', 0), ('#| hide\n', 0), ('x = 1\n#| fig-alt: a\n', 2)])
+def test_figure_without_alt_text(repo, option, n):
+    figure = show(text_plain='<Figure>', image_png='iVBOR')
+    add(repo, code(f'{option}mine()', stream('x'), figure, figure))
+    line = 'x = 1' if option.startswith('x') else 'mine()'
+    assert Check(repo).faults == [f'nbs/00_core.ipynb: figure without alt text (#| fig-alt: "..."): {line}']*n
 
 def test_title_cell(repo):
     f = repo/'nbs/00_core.ipynb'; nb = read_nb(f)
@@ -171,6 +183,8 @@ An equation $a_1$ and
 $$b$$
 
 Note.
+
+Still.
 
 <!-- command: run -->
 ```bash

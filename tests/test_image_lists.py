@@ -1,5 +1,5 @@
 "Images in lists: the published lists where they are at hand, the command, samplers and the Meta Sampler on the loaders, workers, bad files, packs, memory."
-import gzip, io, json, os, signal, subprocess, sys, time
+import gzip, io, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -208,3 +208,97 @@ def test_formats(tmp_path):
         Image.fromarray(rgb).convert(mode).save(f := io.BytesIO(), 'png'); assert decode_rgb(f.getvalue()).shape == (3, 20, 30)
     Image.fromarray(rgb).save(f := io.BytesIO(), 'gif', save_all=True, append_images=[Image.fromarray(255 - rgb)])
     with pytest.raises(ValueError, match='2 frames'): decode_rgb(f.getvalue())
+
+
+def phone(tmp_path, n=4):
+    "A list of photos of 48x64 from a phone that was held upright, and the same upright in their pixels, as PNG"
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x112] = 6
+    for d in ('phone', 'upright'): (tmp_path/d).mkdir()
+    for i in range(n):
+        im = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+        im.save(tmp_path/f'phone/{i}.jpg', quality=95, exif=exif)
+        im.save(f := io.BytesIO(), 'jpeg', quality=95)
+        Image.fromarray(np.rot90(decode_rgb(f.getvalue()).permute(1, 2, 0).numpy(), -1)).save(tmp_path/f'upright/{i}.png')
+    for d, end in (('phone', 'jpg'), ('upright', 'png')):
+        for s in ('train', 'test'): (tmp_path/d/f'my_{s}.txt').write_text(''.join(f'{s}/{i}.{end} {i % 2}\n' for i in range(n)))
+        for s in ('train', 'test'): shutil.copytree(tmp_path/d, tmp_path/d/s, ignore=lambda d, fs: [f for f in fs if not f.endswith(end)])
+    return tmp_path/'phone', tmp_path/'upright'
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_photos_of_a_phone_stand_upright(tmp_path, workers):
+    "Orientation 6: files, packs with and without loss, images packed as they are, batches; not for the published sets, whose results were obtained without"
+    a, b = map(load_lists, phone(tmp_path))
+    for p, q in zip(a, b):
+        assert p[1][0].shape == (3, 64, 48) and all(torch.equal(p[i][0], q[i][0]) for i in range(4))
+    batches = lambda train, test, preset='code': [x for dl in list_dls(train, test, bs=4, size=24, preset=preset, flip=0, jitter=0, num_workers=workers, device='cpu') for x, _ in dl]
+    assert torch.equal(batches(*a)[-1], batches(*b)[-1])
+    for short in (32, 64):                                                                      # 64: stored as they are, with the tag
+        packs = [[pack_images(ds, tmp_path/f'{name}{s}{short}.pack', short=short, quality=None, num_workers=0) for s, ds in zip('ab', sets)] for name, sets in (('phone', a), ('upright', b))]
+        for p, q in zip(*packs): assert all(torch.equal(p.image(i), q.image(i)) for i in range(4))
+        assert torch.equal(batches(*packs[0])[-1], batches(*packs[1])[-1])
+    lossy = pack_images(a[0], tmp_path/'lossy.pack', short=32, num_workers=0)
+    assert lossy.image(0).shape[1] > lossy.image(0).shape[2]
+    stored = load_lists(tmp_path/'phone', orient=False)[0]
+    assert stored[0][0].shape == (3, 48, 64) and torch.equal(stored[0][0].rot90(-1, (1, 2)), a[0][0][0])
+    assert pack_images(stored, tmp_path/'stored.pack', short=64, num_workers=0).image(0).shape == (3, 48, 64)
+    assert a[0]._copy(encoded=True)._item(0).x.ndim == 3 and stored._copy(encoded=True)._item(0).x.ndim == 1      # nvJPEG knows no tags: a worker decodes what is to be turned
+    assert check_lists(None, tmp_path/'phone').ok
+
+
+def _drop(tree, keep): lines = (tree/'digits_train.txt').read_text().splitlines(); (tree/'digits_train.txt').write_text('\n'.join(l for l in lines if keep(l)) + '\n')
+def _third(tree, new): lines = (tree/'digits_train.txt').read_text().splitlines(); lines[2] = new(lines); (tree/'digits_train.txt').write_text('\n'.join(lines) + '\n')
+def _image(tree, f): f(tree/(tree/'digits_train.txt').read_text().splitlines()[2].split()[0])
+
+
+BAD = {                                                                       # what is wrong, what training says of it, and the check
+    'missing': (lambda t: _image(t, Path.unlink), 'digits_train.txt:3: {t}/train/digit0/0002.jpg: No such file', 'digits_train.txt:3: no file {t}/train/digit0/0002.jpg'),
+    'truncated': (lambda t: _image(t, lambda f: f.write_bytes(f.read_bytes()[:-200])), 'digits_train.txt:3: {t}/train/digit0/0002.jpg: does not decode: image file is truncated', 'digits_train.txt:3: {t}/train/digit0/0002.jpg: does not decode: image file is truncated'),
+    'no label': (lambda t: _third(t, lambda ls: ls[2].split()[0]), 'digits_train.txt:3: one word', None),
+    'no number': (lambda t: _third(t, lambda ls: ls[2] + '.5'), "digits_train.txt:3: the label '0.5' is not a whole number", None),
+    'windows': (lambda t: _third(t, lambda ls: ls[2].replace('/', '\\')), 'digits_train.txt:3: a Windows path', None),
+    'twice': (lambda t: _third(t, lambda ls: ls[0]), 'digits_train.txt:3: the image of line 1 again', None),
+    'twice, two labels': (lambda t: _third(t, lambda ls: ls[0][:-1] + '1'), 'digits_train.txt:3: the image of line 1 again, there with label 0', None),
+    'below 0': (lambda t: _third(t, lambda ls: ls[2][:-1] + '-1'), 'digits_train.txt:3: the label -1 is out of range', None),
+    'beyond': (lambda t: _third(t, lambda ls: ls[2][:-1] + '12'), 'digits_train.txt: no images of classes [10, 11]', None),
+    'class in test only': (lambda t: _drop(t, lambda l: not l.endswith(' 9')), 'digits_test.txt:181: class 9, of which training has no images', None),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_named_by_file_and_line(tmp_path, tree, capsys, name):
+    "By training and by the check, in short and without a traceback, also from a worker"
+    from balms.cli import balms_train
+    change, said, found = BAD[name]
+    change(t := Path(shutil.copytree(tree, tmp_path/'t')))
+    assert (found or said).format(t=t) in '\n'.join(check_lists(None, t).problems)
+    with pytest.raises(SystemExit) as e: balms_train(['--data', str(t), '--size', '8', '--method', 'bs', '--seeds', '1', '--iters', '13', '--workers', '1', '--device', 'cpu', '--out', str(tmp_path/'runs')])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said.format(t=t) in err and 'Traceback' not in err and err.startswith('balms_train: error: '), err
+
+
+def test_skip_missing_counts(tmp_path, tree, capsys):
+    "Says how many of which list, file by file, and the ledger keeps the number"
+    from balms.cli import balms_train
+    from balms.recipes import read_ledger
+    t = Path(shutil.copytree(tree, tmp_path/'t'))
+    for split in ('train', 'train', 'test'): next((t/split/'digit0').iterdir()).unlink()
+    with pytest.warns(UserWarning) as w: balms_train(['--data', str(t), '--size', '8', '--method', 'bs', '--seeds', '1', '--iters', '2', '--workers', '0', '--device', 'cpu', '--out', str(tmp_path/'runs'), '--skip-missing'])
+    said = '\n'.join(str(o.message) for o in w)
+    assert f'2 of 192 images of {t}/digits_train.txt are missing and are skipped' in said and f'1 of 200 images of {t}/digits_test.txt' in said and said.count(': no file ') == 3
+    (row,) = read_ledger(tmp_path/'runs'/'ledger.jsonl')
+    assert row['skipped'] == 3 and row['counts'][0] == 62
+    shutil.rmtree(t/'test')
+    with pytest.raises(FileNotFoundError, match='digits_test.txt: none of its 200 images is in'): load_lists(t, skip_missing=True)
+
+
+def test_weights_of_another_network(tmp_path, tree, capsys):
+    "A file of another architecture, of none at all, and no file: each by name"
+    from balms.cli import balms_train
+    from balms.models import get_model
+    torch.save(get_model('resnet34', 10).state_dict(), tmp_path/'other.pth'); torch.save([1], tmp_path/'list.pth'); (tmp_path/'text.pth').write_text('weights')
+    for file, why in (('other', 'has the weights of another network'), ('list', 'list.pth'), ('text', 'text.pth'), ('none', 'none.pth')):
+        with pytest.raises(SystemExit) as e: balms_train(['--data', str(tree), '--size', '8', '--method', 'bs', '--seeds', '1', '--iters', '2', '--workers', '0', '--device', 'cpu', '--out', str(tmp_path/'runs'), '--weights', str(tmp_path/f'{file}.pth')])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and f'{file}.pth' in err and why in err and 'Traceback' not in err, err

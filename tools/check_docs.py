@@ -52,11 +52,26 @@ def nb2md(nb):
             for mime in ('text/markdown', 'text/latex'):
                 if mime in o.get('data', {}): yield ''.join(o['data'][mime]); break
 
+def _head(cell): return re.match(r'(\s*#\s*\|.*\n?)*', cell.source)[0]
+
+def figure_alt(cell, i):
+    "Alt text of output `i` of a processed cell, or '': the option `fig-alt`, one text for all outputs or, as Quarto reads a list, one entry an output."
+    alt = yaml.safe_load('\n'.join(re.findall(r'#\s*\|\s*(fig-alt:.*)', _head(cell))) or '{}').get('fig-alt')
+    if isinstance(alt, list): alt = alt[i] if i < len(alt) else ''
+    return alt.strip() if isinstance(alt, str) else ''
+
+def alt_faults(nb):
+    "The first line of code of every figure without an alt text in a processed notebook"
+    for c in nb.cells:
+        if c.cell_type != 'code' or not is_shown(c): continue
+        for i, o in enumerate(c.get('outputs', [])):
+            if any(k.startswith('image/') for k in o.get('data', {})) and not figure_alt(c, i): yield c.source[len(_head(c)):].partition('\n')[0]
+
 class Page:
     "What can be wrong on one page: its ids, links, images, formulas, names and references."
     def __init__(self, path, text, fmt, nb=None):
         self.path, self.nb = path, nb
-        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray = set(), [], [], [], [], [], []
+        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray, self.rows = set(), [], [], [], [], [], [], []
         for o in nodes(pandoc(text, fmt)):
             t, c = o['t'], o.get('c')
             if t == 'Header': self.ids.add(c[1][0])
@@ -70,6 +85,7 @@ class Page:
                 if c[1].startswith(r'\begin'): self.maths.append((True, c[1].strip()))
                 else: self.stray.append(c[1])
             elif t in ('RawInline', 'RawBlock') and c[0] == 'html': self._html(c[1])
+            elif t == 'LineBlock': self.rows.append('| ' + flat(c))     # what pandoc takes a row without a head for
             elif t in ('Para', 'Plain'): self._text(flat([i for i in c if i['t'] in ('Str', 'Space', 'SoftBreak')]))
         self.ids.discard('')
 
@@ -78,11 +94,13 @@ class Page:
             a = dict(re.findall(r'([a-z]+)="([^"]*)"', tag, re.I))
             self.ids |= {a[k] for k in ('id', 'name') if k in a}
             if 'href' in a: self.links.append((a['href'], tag))
+            if tag.lower().startswith('<iframe') and 'src' in a: self.links.append((a['src'], tag))
             if tag.lower().startswith('<img') and 'src' in a: self.images.append((a['src'], a.get('alt', '')))
 
     def _text(self, s):
         self.ids |= set(re.findall(r'\{#(eq-[\w-]+)\}', s))
         if re.search(r'\$(?!\d)', s): self.stray.append(s)           # pandoc made no formula of it
+        if re.match(r'\|.*\|$', s): self.rows.append(s)               # nor a table row of this
 
 # --- names
 
@@ -221,6 +239,7 @@ class Check:
         except Exception as e:
             self.say(path, f'the site cannot be built ({type(e.__cause__ or e).__name__}: {e.__cause__ or e}); nbdev runs every cell with an import, and those that export or show_doc, but no other', str(e))
             done = process(file, skip=['exec_show_docs'])
+        for line in alt_faults(done): self.say(path, 'figure without alt text (#| fig-alt: "...")', line)
         self.pages[path] = Page(path, '\n\n'.join(nb2md(done)), 'markdown', nb)
 
     def target(self, page, url):
@@ -242,6 +261,7 @@ class Check:
 
     def page(self, p):
         for url, text in p.links:
+            if '](' in text: self.say(p.path, 'link within a link (backticks in its text are one already)', text)
             if why := self.target(p, url):
                 auto = url.startswith(self.site) and '#' in url
                 self.say(p.path, f'dead link ({why})', f'[{text}]({url})' + auto*' (where nbdev made it from backticks: document the name with show_doc, or put spaces inside the backticks)')
@@ -255,6 +275,7 @@ class Check:
             if re.match(r'(eq|fig|tbl|sec)-', ref) and ref not in p.ids: self.say(p.path, 'reference to nothing', f'@{ref}')
         for _, tex in p.maths:
             if unbalanced(tex): self.say(p.path, 'formula with unbalanced braces', tex)
+        for s in p.rows: self.say(p.path, 'table row outside of a table', s)
         for s in p.stray: self.say(p.path, 'TeX or a dollar sign that makes no formula', s)
 
     def mathjax(self, folder):

@@ -79,14 +79,18 @@ def _from_root(m):
     if m['code'] or re.match(r'[a-z][a-z0-9+.-]*:|[/#]', m['to'], re.I): return m[0]
     return m['pre'] + posixpath.normpath('nbs/' + m['to'])
 
+_re_site_only = re.compile(r'^::: *\{\.content-visible when-format="html"\}\n.*?^:::\n?', re.M|re.S)
+
 def _plain(md):
-    "Markdown without what only Quarto understands, its links relative to the root."
+    "Markdown without what only Quarto understands or only the site can show, its links relative to the root."
+    md = _re_site_only.sub('', md)
     parts = _re_fenced.split(md)                                     # text, fenced block, its fence, text, ...
     for i in range(0, len(parts), 3):
         s = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', parts[i])       # attributes of links and images
         s = re.sub(r'^(#+ .*?)\s*\{[#.][^}]*\}$', r'\1', s, flags=re.M)  # of headings
         s = re.sub(r'\$\$\s*\{#eq-[^}]*\}', '$$', s)                 # of equations
         s = re.sub(r'^:::.*\n?', '', s, flags=re.M)                  # fenced divs
+        s = re.sub(r'\n{3,}', '\n\n', s)
         parts[i] = _re_target.sub(_from_root, s)
         if i+2 < len(parts): parts[i+2] = ''
     return ''.join(parts).strip()
