@@ -144,7 +144,7 @@ def _load(path):
     "The annotation file as it is. Raises an error that names a file that is none."
     try: d = json.loads(Path(path).read_bytes())
     except FileNotFoundError: raise FileNotFoundError(f'No annotation file {path}') from None
-    except ValueError as e: raise ValueError(f'{path} is not a JSON file: {e}') from None
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not a JSON file: {e}') from None
     if not isinstance(d, dict) or not all(isinstance(d.get(kind), list) for kind in _NEEDS): raise ValueError(f'{path} is not an annotation file: it needs the lists {", ".join(_NEEDS)}')
     return d
 
@@ -287,13 +287,9 @@ def not_exhaustive(self:Annotations, i:int) -> list:
     return sorted({*self.labels[r[self.crowd[r]]].tolist(), *(self.label_of[c] for c in self.images[i].get('not_exhaustive_category_ids', ()))})
 
 # %% ../nbs/07a_lvis_data.ipynb #c0ce8823
-def read_annotations(
-    path, # Annotation file (JSON) in the form of LVIS or COCO
-    images=None, # Folder of the photos, or several; None: without photos, for counts and AP
-    *, skip_missing:bool=False, # Leave out images whose photo is not there, and say how many
-) -> Annotations:
-    "Read an annotation file. Raises `ValueError` with the ids of all that is wrong with it, `FileNotFoundError` for photos that are missing."
-    d, path, files, skipped = _load(path), Path(path).expanduser(), None, []
+def _checked(d, path, images, skip_missing):
+    "`Annotations` of what is in a file, or an error with all that is wrong with it"
+    files, skipped = None, []
     if faults := _faults(d): raise ValueError(f'{len(faults)} problem{"s"*(len(faults) > 1)} in {path}\n{_summary(faults)}')
     if images is not None:
         files, skipped = _find_photos(d['images'], images)
@@ -306,6 +302,16 @@ def read_annotations(
     anns = Annotations(d, path, files, skipped)
     if n := anns.dropped['outline']: warnings.warn(f'{n:,} instances of {path.name} have no outline and are left out')
     return anns
+
+def read_annotations(
+    path, # Annotation file (JSON) in the form of LVIS or COCO
+    images=None, # Folder of the photos, or several; None: without photos, for counts and AP
+    *, skip_missing:bool=False, # Leave out images whose photo is not there, and say how many
+) -> Annotations:
+    "Read an annotation file. Raises `ValueError` with the ids of all that is wrong with it, `FileNotFoundError` for photos that are missing."
+    d, path = _load(path), Path(path).expanduser()
+    try: return _checked(d, path, images, skip_missing)
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, OverflowError) as e: raise ValueError(f'{path} is not as LVIS or COCO write it ({type(e).__name__}: {e})') from e
 
 # %% ../nbs/07a_lvis_data.ipynb #b73e716a
 class InstanceDataset(Dataset):
@@ -352,9 +358,16 @@ def _target(self:InstanceDataset, i):
     a, (h, w) = self.anns, self.anns.sizes[i].tolist()
     r = a.rows(i); r = r[self.use[r]]
     boxes = clip_boxes_to_image(torch.cat([a.boxes[r, :2], a.boxes[r, :2] + a.boxes[r, 2:]], 1).float(), (h, w))
-    masks = [torch.from_numpy(outline_mask(a.outlines[j], h, w)) for j in r.tolist()]
+    masks = [self._mask(j, h, w) for j in r.tolist()]
     return dict(boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=(h, w)), labels=a.labels[r], masks=tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, h, w, dtype=torch.uint8)),
                 image_id=int(a.image_ids[i]), area=a.areas[r].float(), iscrowd=torch.zeros(len(r), dtype=torch.long))
+
+@patch
+def _mask(self:InstanceDataset, j, h, w):
+    "Mask of annotation `j`"
+    try: return torch.from_numpy(outline_mask(self.anns.outlines[j], h, w))
+    except ImportError: raise
+    except Exception as e: raise ValueError(f'{self.anns.path}: image {self.anns.image_ids[self.anns.image_of[j]]}: an outline that cannot be drawn: {e}') from e
 
 # %% ../nbs/07a_lvis_data.ipynb #5d589928
 def show_instances(

@@ -486,7 +486,12 @@ def _taking(folder, ranks):
         ranks.first(lambda: stack.enter_context(_alone(folder)) and None)
         yield
 
-def _fit(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, progress=False, stop_at=None):
+def _fit(learn, recipe, folder, *args, **kwargs):
+    "`_fit_alone`, when it is this run's turn in the folder"
+    how = kwargs.get('how') or args[3]
+    with _taking(folder, how.ranks): return _fit_alone(learn, recipe, folder, *args, **kwargs)
+
+def _fit_alone(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, progress=False, stop_at=None):
     "Train for `iters` steps, from what is in `folder`, and keep all of `trained` there. What was saved at the end: seconds, learned r"
     trained, ranks, about = learn if trained is None else trained, how.ranks, _about(recipe, crc)
     ckpt = Checkpoint(folder/'checkpoint.pt', about, how.every, stop_at, ranks)
@@ -521,7 +526,7 @@ def _stage1(recipe, out, train, test, counts, how, crc, **kwargs):
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     method = METHODS[recipe.method]
     cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
-    with _taking(out/recipe.key, how.ranks): return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
+    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
 
 def _on_features(learn, recipe, head, how):
     "A `Learner` of the classifier alone, on a bank of features, with the settings of `learn`"
@@ -547,7 +552,7 @@ def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     if inner is learn: learn.opt, cbs = _head_opt(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
-    with _taking(out/recipe.key, how.ranks): saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
+    saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
     if method.scales: replace_classifier(learn.model, head.folded())
     return learn, saved
 

@@ -21,6 +21,7 @@ from .instance_seg import SEG_METHODS, TABLE4, InstanceSeg, RoIReweighter, box_c
 from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
+from .models import _tensors
 from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _writable
 from .meta import _average
 from .scale import Distributed, Ranks, ending_together, start_ranks
@@ -281,7 +282,7 @@ def load_detector(
     m, n = SEG_METHODS[recipe.method], _counts(recipe, a)
     net = _network(replace(recipe.first, weights='none'), n, len(a))
     if m.scales: heads = net.roi_heads; heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
-    net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['model'])
+    net.load_state_dict(_tensors(path)['model'])
     return net.eval()
 
 # %% ../nbs/14a_seg_runs.ipynb #ade7b708

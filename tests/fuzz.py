@@ -162,7 +162,40 @@ def pack(d):
     return path, path.read_bytes(), check
 
 
-KINDS = dict(lists=lists, lists_gz=lists_gz, ledger=ledger, checkpoints=checkpoints, weights=weights, old_weights=old_weights, cache=cache, pack=pack,
+def annotations(d):
+    "An annotation file is read whole, and its images and masks are there, or what is wrong is said"
+    from balms.lvis import InstanceDataset, digit_scenes, read_annotations
+    path = digit_scenes(d, n=4, n_valid=2, size=24, imbalance=3)/'digits_train.json'
+    def check():
+        anns = read_annotations(path, d/'train')
+        assert len(anns) and int(anns.instance_counts.sum()) >= 0 and (anns.instance_counts >= 0).all()
+        ds = InstanceDataset(anns, train=False)
+        for i in range(len(ds)):
+            x, t = ds[i]
+            assert t['boxes'].isfinite().all() and t['masks'].shape[-2:] == x.shape[-2:] and ((1 <= t['labels']) & (t['labels'] <= anns.c)).all()
+    return path, path.read_bytes(), check
+
+
+def values(data, rng, other):
+    "One to three values of a JSON file are others"
+    d = json.loads(data)
+    for _ in range(rng.randint(1, 3)):
+        at, steps = d, rng.randint(2, 6)
+        for _ in range(steps):
+            keys = list(at) if isinstance(at, dict) else range(len(at))
+            if not keys: break
+            k = rng.choice(keys)
+            if not isinstance(at[k], (dict, list)) or rng.random() < .2:
+                at[k] = rng.choice((None, -1, 0, 2**31, 2**63, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '../../etc/passwd', [], {}, [[]], [0]*7, True, {'size': [2**20, 2**20], 'counts': [2**40]}, {'size': [24, 24], 'counts': 'zzzz'}, at[k]*1000 if isinstance(at[k], (str, list)) else 3.7)); break
+            at = at[k]
+        if rng.random() < .1 and isinstance(at, dict) and at: del at[rng.choice(list(at))]
+    return json.dumps(d).encode()
+
+
+def annotation_values(d): return (*annotations(d), values)
+
+
+KINDS = dict(lists=lists, annotations=annotations, annotation_values=annotation_values, lists_gz=lists_gz, ledger=ledger, checkpoints=checkpoints, weights=weights, old_weights=old_weights, cache=cache, pack=pack,
              **{f'image_{n}': (lambda d, n=n: _image(d, n)) for n in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff', 'ppm')},
              **{f'listed_{n}': (lambda d, n=n: _listed(d, n)) for n in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff')})
 
@@ -173,13 +206,13 @@ def hang(*_): raise Hang()
 
 def fuzz(kind, n, seed, folder):
     "{n, refused, wrong: [(seed, what)]}"
-    path, data, check = KINDS[kind](folder)
+    path, data, check, *how = KINDS[kind](folder)
     path.write_bytes(data); check()                                           # as it is, it is right
     refused, wrong, last = 0, [], data
     signal.signal(signal.SIGALRM, hang)
     for s in range(seed, seed + n):
         rng = random.Random(s)
-        changed = mutate(data, rng, last); last = changed
+        changed = (how[0] if how else mutate)(data, rng, last); last = changed
         path.write_bytes(changed)
         try:
             signal.alarm(20)

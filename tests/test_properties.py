@@ -189,7 +189,7 @@ def test_a_trained_classifier_can_be_exported(tmp_path):
     net = get_model('small_cnn', 10, 1).eval()
     net.load_state_dict(torch.load(tmp_path/r.key/'model.pt', weights_only=True)['model'])
     x = load_digits()[1].images[:50].float()/255
-    program = torch.export.export(net, (x[:8],), dynamic_shapes=({0: torch.export.Dim('n', min=2)},))
+    program = torch.export.export(net, (x[:8],), dynamic_shapes=({0: torch.export.Dim('n', min=2)},), strict=False)          # torch 2.6 cannot load what it has traced strictly
     torch.export.save(program, f := tmp_path/'model.pt2')
     again = torch.export.load(f).module()
     for n in (2, 8, 50): torch.testing.assert_close(again(x[:n]), net(x[:n]))
