@@ -35,7 +35,8 @@ class KeepMasks(Callback):
 
 
 def learner(a, net, dls, second=True):
-    learn = Learner(dls, deepcopy(net).to(a.device), loss_func=sum_losses, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), lr=.02, cbs=[InstanceSeg(), TrainOnly()])
+    "Stage 2 or stage 1 of a network; stage 1 at a rate of 0, since random weights would run away, and a network that finds nothing has less to do"
+    learn = Learner(dls, deepcopy(net).to(a.device), loss_func=sum_losses, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), lr=.02 if second else 0., cbs=[InstanceSeg(), TrainOnly()])
     learn.create_mbar, learn.logger = False, lambda *_: None
     if a.precision == 'bfloat16': learn.to_bf16()
     if not second: return learn
