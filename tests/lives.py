@@ -2,10 +2,10 @@
 
 A life is `[what, n, every]`: `every` seconds between two checkpoints, and the end comes after n training steps (`step`), before the n-th checkpoint after n steps (`before`), with half of the n-th checkpoint
 written (`half`), at the n-th move of a file into its place (`move`), with the finished model of the n-th stage there but not yet cleared up (`done`), in evaluation (`evaluate`), with half of its row in the ledger (`row`), after n seconds (`time`)."""
-import io, json, os, signal, sys, time
+import io, json, os, random, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-import torch
+import numpy as np, torch
 import balms.recipes as m
 
 seen = None                                                                   # where a life says how it ended
@@ -58,6 +58,7 @@ def life(recipe, out, what=None, n=0, every=30.):
     pid = os.fork()
     if not pid:
         code = 1
+        torch.manual_seed(int.from_bytes(os.urandom(7), 'big')); np.random.seed(int.from_bytes(os.urandom(4), 'big')); random.seed()     # nothing may come from what was before
         try: arm(what, n); m.run(recipe, out, device='cpu', every=every); code = 0
         except BaseException: sys.excepthook(*sys.exc_info()); sys.stderr.flush()
         finally: os._exit(code)
