@@ -299,10 +299,10 @@ from pathlib import Path
 from balms import seg_runs
 root, out = Path({str(scenes)!r}), Path({str(tmp_path)!r})
 evaluate = seg_runs._evaluate
-def noted(learn, valid, how):
+def noted(learn, valid, how, *args):
     state = learn.model.state_dict()
     (out/f'rank{{how.ranks.rank}}.json').write_text(json.dumps([float(v.double().sum()) for v in state.values()] + [float(v.double().norm()) for v in state.values()]))
-    return evaluate(learn, valid, how)
+    return evaluate(learn, valid, how, *args)
 seg_runs._evaluate = noted
 row = seg_runs.run_instance_seg(seg_runs.SegRecipe('digit scenes', 'balms', 'small', iters=4, drops=(3,), iters2=4, drops2=(3,)), root/'digits_train.json', root/'digits_val.json', root, out, device='cpu')
 (out/f'row{{dist.get_rank()}}.json').write_text(json.dumps(row))
