@@ -21,10 +21,10 @@ def lives(jobs, hashes=0):
 
 
 def result(out, r):
-    "All of a run that must not differ: weights and rates of its stages, and its row but for time and date"
+    "All of a run that must not differ: weights and rates of its stages, and its row but for time, date and commit"
     row, = [row for row in read_ledger(out/'ledger.jsonl') if row['key'] == r.key]
     files = [torch.load(out/k/'model.pt', weights_only=True) for k in {r.first.key, r.key} if (out/k/'model.pt').exists()]
-    return {k: v for k, v in row.items() if k not in ('seconds', 'date')}, files
+    return {k: v for k, v in row.items() if k not in ('seconds', 'date', 'commit')}, files
 
 
 def assert_same(a, b, r):

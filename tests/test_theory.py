@@ -152,7 +152,7 @@ def dead(texts, ids):
     "Links of `texts` whose notebook or anchor does not exist; `ids(notebook)` gives its anchors or None"
     return [(nb, a) for t in texts for nb, a in links(t) if ids(nb) is None or (a and a not in ids(nb))]
 
-def ids(nb): return {i for i, _ in sections(nb)} if (nbs/nb).exists() else None
+def ids(nb): return set(re.findall(r'\{#([\w-]+)\}', '\n'.join(markdown(nb)))) if (nbs/nb).exists() else None
 
 index = markdown('equations.ipynb')
 theory = sorted({nb for t in index for nb, _ in links(t)})

@@ -29,7 +29,7 @@ def outside(wheel, tmp_path_factory):
     venv.create(d/'env', with_pip=False, symlinks=os.name != 'nt')
     python = next(p for p in d.glob('env/*/python*') if p.is_file() and p.stem == 'python')
     site = Path(subprocess.run([str(python), '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], capture_output=True, text=True, check=True).stdout.strip())
-    subprocess.run([sys.executable, '-m', 'pip', '--python', str(python), 'install', '-q', '--no-deps', '--no-index', str(wheel)], check=True)
+    subprocess.run([sys.executable, '-m', 'pip', '--python', str(python), 'install', '-q', '--no-deps', '--no-index', str(wheel)], check=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
     own = [p for p in sys.path if 'site-packages' in p or 'dist-packages' in p]
     (site/'outer.pth').write_text('\n'.join(own))
     return python
