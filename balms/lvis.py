@@ -493,6 +493,7 @@ class _Ready(ItemTransform):
         plain = lambda x: x.as_subclass(Tensor) if isinstance(x, Tensor) else x
         return tuple(plain(x).float().div_(255) for x in images), tuple({k: plain(v) for k, v in t.items()} for t in targets), ids
 
+# %% ../nbs/07a_lvis_data.ipynb #87b451eb
 def instance_dls(
     train, # `Annotations` with photos, or `InstanceDataset`
     valid=None, # The same, to validate on

@@ -77,19 +77,28 @@ class SegRecipe:
                 if getattr(self, k) is not None: raise ValueError(f'{k}: the method {self.method!r} has no {"learned weights" if k == "meta_lr" else "second stage"}')
             elif getattr(self, k) is None: object.__setattr__(self, k, self._scaled(k, v))
             elif isinstance(v, tuple): object.__setattr__(self, k, tuple(getattr(self, k)))
-        for name, choices in (('opt', ('sgd', 'adamw')), ('norm', ('frozen', 'batch', 'group'))): self._known(name, choices)
-        for k in ('iters', 'bs', 'rois', 'width', 'iters2', 'meta_bs'):
-            if getattr(self, k) is not None and getattr(self, k) < 1: raise ValueError(f'{k} must be 1 or more, not {getattr(self, k)}')
-        if self.meta_bs and not m.meta: raise ValueError(f'meta_bs: the method {self.method!r} has no learned weights')
-        if len(self.proposals) != 2: raise ValueError(f'proposals are two numbers, in training and in evaluation, not {self.proposals}')
-        for drops, iters in (('drops', 'iters'), ('drops2', 'iters2')):
-            if any(d >= getattr(self, iters) for d in getattr(self, drops) or ()): raise ValueError(f'{drops} must be below {iters}={getattr(self, iters)}, not {getattr(self, drops)}')
-    def _scaled(self, name, value):
-        "The value of a preset; drops move with the number of steps"
-        iters = {'drops': 'iters', 'drops2': 'iters2'}.get(name)
-        return tuple(d*getattr(self, iters)//SEG_PRESETS[self.preset][iters] for d in value) if iters else value
+        self._values()
     def _known(self, name, choices):
         if getattr(self, name) not in choices: raise ValueError(f'Unknown {name} {getattr(self, name)!r}: choose from {", ".join(choices)}')
+
+# %% ../nbs/14a_seg_runs.ipynb #58a3cde1
+@patch
+def _values(self:SegRecipe):
+    "Raise `ValueError` for a value that cannot be"
+    m = SEG_METHODS[self.method]
+    for name, choices in (('opt', ('sgd', 'adamw')), ('norm', ('frozen', 'batch', 'group'))): self._known(name, choices)
+    for k in ('iters', 'bs', 'rois', 'width', 'iters2', 'meta_bs'):
+        if getattr(self, k) is not None and getattr(self, k) < 1: raise ValueError(f'{k} must be 1 or more, not {getattr(self, k)}')
+    if self.meta_bs and not m.meta: raise ValueError(f'meta_bs: the method {self.method!r} has no learned weights')
+    if len(self.proposals) != 2: raise ValueError(f'proposals are two numbers, in training and in evaluation, not {self.proposals}')
+    for drops, iters in (('drops', 'iters'), ('drops2', 'iters2')):
+        if any(d >= getattr(self, iters) for d in getattr(self, drops) or ()): raise ValueError(f'{drops} must be below {iters}={getattr(self, iters)}, not {getattr(self, drops)}')
+
+@patch
+def _scaled(self:SegRecipe, name, value):
+    "The value of a preset; drops move with the number of steps"
+    iters = {'drops': 'iters', 'drops2': 'iters2'}.get(name)
+    return tuple(d*getattr(self, iters)//SEG_PRESETS[self.preset][iters] for d in value) if iters else value
 
 # %% ../nbs/14a_seg_runs.ipynb #06934d72
 @patch(as_prop=True)
