@@ -172,11 +172,11 @@ def decode_rgb(
     orient:bool=True, # Turn it as the camera's orientation tag says
 ) -> torch.Tensor: # uint8 (3, h, w)
     "Decode an image. Raises `ValueError` if it is damaged, animated, or has more than 8 bits a channel."
-    if not isinstance(data, torch.Tensor):
-        if not len(data): raise ValueError('the file is empty')
-        if data[:4] in (b'%!PS', b'\xc5\xd0\xd3\xc6'): raise ValueError('does not decode: a program in PostScript, not an image')
-        if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data, orient)
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if isinstance(data, torch.Tensor): data = data.cpu().numpy().tobytes()
+    if not len(data): raise ValueError('the file is empty')
+    if data[:4] in (b'%!PS', b'\xc5\xd0\xd3\xc6'): raise ValueError('does not decode: a program in PostScript, not an image')
+    if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data, orient)
+    data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try: x = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=orient)
     except RuntimeError as e: x = _decode_pil(data, orient, e)
     if x.ndim != 3: raise ValueError(f'{len(x)} frames, where one image should be')

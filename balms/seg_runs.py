@@ -121,7 +121,7 @@ def key(self:SegRecipe) -> str:
 def first(self:SegRecipe) -> 'SegRecipe':
     "The recipe of its stage 1; methods that start from the same one share it"
     stage1 = SEG_METHODS[self.method].stage1
-    return replace(self, method=stage1, **dict.fromkeys(_second)) if stage1 else self
+    return replace(self, method=stage1, meta_bs=None, **dict.fromkeys(_second)) if stage1 else self
 
 def step_drops(
     step:int, # 0, 1, ...
@@ -145,20 +145,28 @@ def _network(recipe, counts, total):
                      min_size=recipe.min_size, max_size=recipe.max_size, anchors=recipe.anchors, background=m.background, head=m.head, box_batch_size_per_image=recipe.rois,
                      rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test, rpn_post_nms_top_n_test=test)
 
+def _total(anns):
+    "Images in which something is annotated: those that training, and repeat factors, go by"
+    return len(anns.pairs[:, 0].unique())
+
+def _weigh(learn, method, n):
+    "Give the heads the fixed weights of a method, if it has some"
+    if method.weights: learn.model.roi_heads.row_weights = partial(region_weights, weights=method.weights(n).to(learn.dls.device), average=_average)
+
 def _counts(recipe, anns):
     "Images with each class, as the losses take them"
     n = anns.image_counts.float()
-    return n if recipe.min_images is None else n.clamp(recipe.min_images, len(anns) - recipe.min_images)
+    return n if recipe.min_images is None else n.clamp(recipe.min_images, _total(anns) - recipe.min_images)
 
 def _seg_learner(recipe, train, valid, how):
     "A `Learner` of stage 1, all from the recipe's seed"
     m, n = SEG_METHODS[recipe.method], _counts(recipe, train)
     dls = instance_dls(train, valid, bs=how.ranks.share(recipe.bs), num_workers=how.workers or 0, seed=recipe.seed, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world)
-    net = _network(recipe, n, len(train)).to(how.device)
+    net = _network(recipe, n, _total(train)).to(how.device)
     opt = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=torch.optim.AdamW)[recipe.opt]
     learn = Learner(dls, net, loss_func=sum_losses, opt_func=partial(OptimWrapper, opt=opt, weight_decay=recipe.wd), lr=recipe.lr, cbs=[InstanceSeg()])
     learn.create_mbar, learn.logger = False, noop
-    if m.weights: w = m.weights(n).to(how.device); net.roi_heads.row_weights = partial(region_weights, weights=w, average=_average)
+    _weigh(learn, m, n)
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
@@ -168,6 +176,7 @@ def _ranks_cbs(how): return [Distributed(how.ranks)] if how.ranks.world > 1 else
 def _stages(recipe, out, train, valid, crc, how, **kwargs):
     "The trained `Learner`, and what was saved"
     first, m, stop_at = recipe.first, SEG_METHODS[recipe.method], kwargs.pop('stop_at', None)
+    if m.stage1 and (m.head, m.background) != ((f := SEG_METHODS[m.stage1]).head, f.background): raise ValueError(f'{m.title} starts from {f.title}, so head and background are those of that method')
     learn, later = _seg_learner(first, train, valid, how), stop_at is not None and m.stage1 and stop_at > first.iters
     _apart(learn, first, how)
     lr_at = partial(step_drops, lr=first.lr, drops=first.drops, warmup=first.warmup)
@@ -176,7 +185,8 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     second = _seg_learner(first, train, valid, how)                   # batches and optimiser of its own
     second.model.load_state_dict(learn.model.state_dict())
     second.opt_func = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, weight_decay=recipe.wd)
-    box_classifier_learner(second, m.loss(_counts(recipe, train), len(train)), m.scales)
+    box_classifier_learner(second, m.loss(_counts(recipe, train), _total(train)), m.scales)
+    _weigh(second, m, _counts(recipe, train))
     torch.manual_seed(recipe.seed + 1)
     _apart(second, recipe, how)
     meta_dl = instance_dls(train, bs=how.ranks.share(recipe.meta_bs, 'meta_bs'), num_workers=how.workers or 0, seed=recipe.seed + 1, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world).train if recipe.meta_bs else None
@@ -200,7 +210,7 @@ def _evaluate(learn, valid, how, precision='float32'):
 def _annotations(given, images):
     "`given` as `Annotations` with photos, and a checksum of its file"
     a = given if isinstance(given, Annotations) else read_annotations(given, images)
-    return a, zlib.crc32(Path(a.path).read_bytes())
+    return a, zlib.crc32(a.image_ids.numpy().tobytes() if a.skipped else b'', zlib.crc32(Path(a.path).read_bytes()))
 
 def run_instance_seg(
     recipe:SegRecipe, # What to run
@@ -214,7 +224,7 @@ def run_instance_seg(
     workers:int=0, # Processes that read photos
     every:float=300., # Seconds between two checkpoints
 ) -> dict: # The row of the ledger: AP in %, and what it is of
-    "Train by a recipe, evaluate once on the last weights, append a row to `out/instance_seg/ledger.jsonl`. Takes up what an interrupted run left."
+    "Train by a recipe, evaluate once on the last weights, append a row to `out/instance_seg/ledger.jsonl`. Takes up what an interrupted run left. Raises `Interrupted`, and `ValueError` or `FloatingPointError` for what cannot be trained."
     ranks, device = start_ranks(device)
     if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
     how, out = _How(device, ranks=ranks, workers=workers, every=every), Path(out).expanduser()/'instance_seg'
@@ -289,9 +299,10 @@ def load_detector(
     if not path.exists(): raise FileNotFoundError(f'No {path}: run_instance_seg with this recipe makes it')
     a = train if isinstance(train, Annotations) else read_annotations(train)
     m, n = SEG_METHODS[recipe.method], _counts(recipe, a)
-    net = _network(replace(recipe.first, weights='none'), n, len(a))
+    with torch.random.fork_rng([]): net = _network(replace(recipe.first, weights='none'), n, _total(a))
     if m.scales: heads = net.roi_heads; heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
     net.load_state_dict(_tensors(path)['model'])
+    net.roi_heads.set_loss(m.loss(n, _total(a)))
     return net.eval()
 
 # %% ../nbs/14a_seg_runs.ipynb #ade7b708
@@ -306,13 +317,15 @@ def seg_table(
     "The rows as the paper's Table 4: means over seeds, a slash, and the paper's where data and preset are the paper's; *missing* where there is no run"
     beside = (data, preset) == ('lvis_v0.5', 'paper') and not changed
     rows = [r for r in rows if (r['recipe']['data'], r['recipe']['preset']) == (data, preset) and (changed or not r['changed'])]
-    precision = ', '.join(sorted({r['recipe'].get('precision', 'float32') for r in rows} - {'float32'}))
     out = ['| Method | ' + ' | '.join(_SCORES.values()) + ' | seeds |', '|---|' + '---|'*(len(_SCORES) + 1)]
     for name, m in SEG_METHODS.items():
-        own = [r for r in rows if r['recipe']['method'] == name]
-        if not own and not beside: continue
-        cell = lambda i, k: (f'{mean_se([r[k] for r in own])[0]:.1f}' if own else '*missing*') + (f' / {TABLE4[name][i]}' if beside and name in TABLE4 else '')
-        out.append(f'| {m.title} | ' + ' | '.join(cell(i, k) for i, k in enumerate(_SCORES)) + f' | {len(own)}{f" ({precision})" if own and precision else ""} |')
+        by = {}
+        for r in rows:
+            if r['recipe']['method'] == name: by.setdefault(r['recipe'].get('precision', 'float32'), []).append(r)
+        for precision, own in (by or ({'float32': []} if beside else {})).items():
+            cell = lambda i, k: (f'{mean_se([r[k] for r in own])[0]:.1f}' if own else '*missing*') + (f' / {TABLE4[name][i]}' if beside and name in TABLE4 else '')
+            title = m.title + ('' if precision == 'float32' else f', {precision}')
+            out.append(f'| {title} | ' + ' | '.join(cell(i, k) for i, k in enumerate(_SCORES)) + f' | {len({r["recipe"].get("seed", 0) for r in own})} |')
     return '\n'.join(out)
 
 # %% ../nbs/14a_seg_runs.ipynb #1121ed3f

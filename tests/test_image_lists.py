@@ -302,3 +302,9 @@ def test_weights_of_another_network(tmp_path, tree, capsys):
         with pytest.raises(SystemExit) as e: balms_train(['--data', str(tree), '--size', '8', '--method', 'bs', '--seeds', '1', '--iters', '2', '--workers', '0', '--device', 'cpu', '--out', str(tmp_path/'runs'), '--weights', str(tmp_path/f'{file}.pth')])
         err = capsys.readouterr().err
         assert e.value.code == 2 and f'{file}.pth' in err and why in err and 'Traceback' not in err, err
+
+
+def test_a_tensor_is_looked_at_as_bytes_are():
+    "A program in PostScript, and a damaged PNG, which torchvision's decoder does not survive"
+    for data, what in ((b'%!PS-Adobe-3.0 EPSF-3.0\nshowpage', 'PostScript'), (b'\x89PNG\r\n\x1a\n' + bytes(40), 'does not decode'), (b'', 'empty')):
+        with pytest.raises(ValueError, match=what): decode_rgb(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8))

@@ -8,10 +8,10 @@ from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
 from balms.baselines import LDAM, SigmoidEqualization
 from balms.core import BalancedSigmoid
-from balms.instance_seg import SEG_METHODS, BoxClassifierOnly, InstanceSeg, RoIReweighter, _plain_sigmoid, box_classifier_learner, detect, mask_rcnn, region_weights, reweighting_gradient, sigmoid_residual, sum_losses, use_loss
+from balms.instance_seg import SEG_METHODS, BoxClassifierOnly, InstanceSeg, RoIReweighter, SegMethod, _plain_sigmoid, box_classifier_learner, detect, mask_rcnn, region_weights, reweighting_gradient, sigmoid_residual, sum_losses, use_loss
 from balms.lvis import digit_scenes, instance_dls, read_annotations
 from balms.meta import inner_step
-from balms.recipes import TrainOnly, read_ledger
+from balms.recipes import Interrupted, TrainOnly, read_ledger
 from balms.seg_runs import SegRecipe, load_detector, run_instance_seg, seg_table
 
 ITERS = dict(preset='small', iters=6, drops=(4,), warmup=2)
@@ -249,6 +249,41 @@ def test_autocast_computes_the_classification_loss_in_float32():
     net = small_net(_plain_sigmoid(torch.ones(4), 10))
     with torch.autocast('cpu', torch.bfloat16): losses = net(*nothing())
     assert losses['loss_classifier'].dtype == torch.float32 and torch.isfinite(losses['loss_classifier'])
+
+
+def test_boxes_are_float32_under_autocast():
+    net = small_net(_plain_sigmoid(torch.ones(4), 10)).eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): b = net([torch.rand(3, 64, 64)])[0]['boxes']
+    assert b.dtype == torch.float32 and len(b) and (b != b.bfloat16().float()).float().mean() > .5     # not rounded to a few places
+
+
+def test_a_meta_batch_of_its_own_in_a_recipe(scenes, tmp_path):
+    r = recipe('balms', meta_bs=2)
+    assert r.first == recipe('sigmoid') and r.key != recipe('balms').key
+    with pytest.raises(Interrupted): run_instance_seg(r, **files(scenes), out=tmp_path/'b', stop_at=ITERS['iters'] + 2)
+    a, b = (run_instance_seg(r, **files(scenes), out=tmp_path/o) for o in 'ab')
+    assert a['r'] == b['r'] and a['AP'] == b['AP'] and a['changed']['meta_bs'] == 2
+    with pytest.raises(ValueError, match='no learned weights'): recipe('bs', meta_bs=2)
+
+
+def test_a_method_of_ones_own(scenes, tmp_path, monkeypatch):
+    weighed = dict(n=0)
+    def weights(n): weighed['n'] += 1; return torch.arange(1., 11)
+    monkeypatch.setitem(SEG_METHODS, 'mine', SegMethod('Mine', SEG_METHODS['bs'].loss, 'sigmoid', weights=weights))
+    run_instance_seg(recipe('mine'), **files(scenes), out=tmp_path)
+    assert weighed['n'] == 1
+    assert type(load_detector(recipe('mine'), scenes/'digits_train.json', tmp_path).roi_heads.loss_func) is BalancedSigmoid
+    monkeypatch.setitem(SEG_METHODS, 'odd', SegMethod('Odd', SEG_METHODS['softmax'].loss, 'sigmoid', background=True))
+    with pytest.raises(ValueError, match='starts from Sigmoid'): run_instance_seg(recipe('odd'), **files(scenes), out=tmp_path)
+
+
+def test_faster_rcnn_takes_the_loss():
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+    torch.manual_seed(0)
+    net = use_loss(fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5), 4, BalancedSigmoid([4, 3, 2, 1], total=20, reduction='none'))
+    images, targets = nothing(1)
+    targets[0].update(boxes=torch.tensor([[5., 5, 40, 40]]), labels=torch.tensor([3]))
+    assert all(torch.isfinite(v) for v in net(images, targets).values())
 
 
 def test_the_reweighter_says_what_it_needs(scenes):
