@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 
 
 # %% ../nbs/04_data.ipynb #8a757335
 import json, math, os, zlib, tempfile
+from zipfile import ZIP_STORED
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
@@ -122,6 +123,11 @@ def _write(path, data):
         os.replace(tmp, path)
     except BaseException: os.unlink(tmp); raise
 
+def _uncompressed(z):
+    "An open `.npz` file. Raises `ValueError` if anything in it is compressed: a small one could ask for all memory"
+    if any(i.compress_type != ZIP_STORED for i in z.zip.infolist()): raise ValueError('it is compressed')
+    return z
+
 def cached(
     name:str, # File name in the cache
     fingerprint, # Anything JSON that changes when the source changes
@@ -132,7 +138,7 @@ def cached(
     try:
         with np.load(file, allow_pickle=False) as z:
             # a zip file; reading alone compares no checksum of an array that says it is shorter than it is
-            if not z.zip.testzip() and str(z['fingerprint']) == fingerprint: return {k: z[k] for k in z.files if k not in ('fingerprint', 'about')}, json.loads(str(z['about']))
+            if not _uncompressed(z).zip.testzip() and str(z['fingerprint']) == fingerprint: return {k: z[k] for k in z.files if k not in ('fingerprint', 'about')}, json.loads(str(z['about']))
     except Exception: pass                                                        # absent, or damaged in any way: make it
     arrays, about = make()
     file.parent.mkdir(parents=True, exist_ok=True)

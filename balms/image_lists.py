@@ -25,7 +25,7 @@ from fastai.vision.core import TensorImage, imagenet_stats
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .core import class_counts, _few
-from .data import ArrayDataset, load_digits, long_tail
+from .data import ArrayDataset, load_digits, long_tail, _uncompressed
 from .metrics import shot_masks
 
 # %% ../nbs/04a_image_lists.ipynb #fa67fbbb
@@ -42,19 +42,22 @@ def _entry(line, num_classes=None):
     return file, int(label)
 
 # %% ../nbs/04a_image_lists.ipynb #aa9b14c6
-def _lines(path):
-    "The lines of a list file, `.txt` or `.txt.gz`. Raises an error that names a file that is not one."
+def _lines(path, most=2**28, longest=2**20):
+    "The lines of a list file, `.txt` or `.txt.gz`, one after the other. Raises an error that names a file that is not one."
+    n = 0
     try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f: lines = f.read(2**28).split('\n')
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f:
+            while line := f.readline(longest):
+                if (n := n + len(line)) > most or len(line) == longest: raise ValueError(f'{path} is longer than a list of images can be, or has such a line')
+                yield line.removesuffix('\n')
     except FileNotFoundError: raise FileNotFoundError(f'No list file {path}') from None
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e: raise ValueError(f'{path} is not a text file{" in gzip format" if path.suffix == ".gz" else ""}: {e}') from None
-    if sum(map(len, lines)) + len(lines) > 2**28: raise ValueError(f'{path} is longer than a list of images can be')
-    return lines[:-1] if lines[-1] == '' else lines
 
-def _parse(path, num_classes=None):
-    "[(line number, file, label)] of a list file, and what is wrong with it"
+def _parse(path, num_classes=None, most=10_000):
+    "[(line number, file, label)] of a list file, and what is wrong with it, up to `most` lines"
     entries, problems, seen = [], [], {}
     for i, line in enumerate(_lines(path), 1):
+        if len(problems) == most: problems.append(f'{path}:{i}: not read from here on, after so many problems'); break
         try: file, label = _entry(line, num_classes)
         except ValueError as e: problems.append(f'{path}:{i}: {e}'); continue
         first = seen.setdefault(posixpath.normpath(file), (i, label))
@@ -189,7 +192,7 @@ def _decode_pil(data, orient, error):
         with Image.open(io.BytesIO(data.numpy().tobytes())) as im:
             if im.mode[0] in 'IF': raise ValueError('more than 8 bits a channel')
             return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:
         why = str(e) if 'cannot identify' not in str(e) else 'not an image'
         raise ValueError(f'does not decode: {why}') from error
 
@@ -694,6 +697,7 @@ class PackedDataset(ImageListDataset):
     def __repr__(self): return f'PackedDataset: {len(self):,} images, {self.c:,} classes, {self.path.name}'
     def __getstate__(self): return {**self.__dict__, '_map': (None, None)}
 
+# %% ../nbs/04a_image_lists.ipynb #9a7249e5
 def _read_index(path):
     "The index of a pack, and where its images begin"
     try: size, f = path.stat().st_size, open(path, 'rb')
@@ -706,7 +710,20 @@ def _read_index(path):
         if size != start + length: raise ValueError(f'{path} is {"truncated" if size < start + length else "longer than it was"}: {size:,} bytes, not {start + length:,}. Pack the images again')
         f.seek(start); index = f.read(length)
     if zlib.crc32(index) != crc: raise ValueError(f'{path}: the index is damaged. Pack the images again')
-    with np.load(io.BytesIO(index), allow_pickle=False) as z: return {k: z[k] for k in z.files}, _HEADER.size
+    try:
+        with np.load(io.BytesIO(index), allow_pickle=False) as z: arrays = {k: _uncompressed(z)[k] for k in z.files}
+        if odd := _odd_index(arrays, start): raise ValueError(odd)
+    except Exception as e: raise ValueError(f'{path}: not the index of a pack: {e}') from e
+    return arrays, _HEADER.size
+
+def _odd_index(z, start):
+    "What of an index, whose checksum is right, `pack_images` does not write, or None"
+    n, arrays = len(z['label']), [z[k] for k in ('label', 'length', 'crc', 'line')]
+    if any(a.dtype.kind not in 'iu' or a.shape != (n,) for a in arrays) or z['name_ends'].dtype.kind not in 'iu' or z['name_ends'].shape != (n + 1,) or z['names'].dtype != np.uint8 or z['names'].ndim != 1: return 'its arrays do not belong together'
+    about, ends = json.loads(str(z['about'])), z['name_ends'].astype(np.int64)
+    if not isinstance(about, dict) or not isinstance(about.get('vocab'), list) or not {'source', 'short', 'quality'} <= set(about): return 'it does not say what was packed'
+    if not n or z['label'].min() < 0 or z['label'].max() >= len(about['vocab']): return 'labels are out of range'
+    if ends[0] or ends[-1] != len(z['names']) or (np.diff(ends) < 0).any() or _HEADER.size + int(z['length'].sum(dtype=np.int64)) != start: return 'names or lengths do not add up'
 
 # %% ../nbs/04a_image_lists.ipynb #dc05a39c
 @patch

@@ -7,9 +7,10 @@ __all__ = ['MODELS', 'BasicBlock', 'with_classifier', 'resnet_cifar', 'small_cnn
            'classifier_input', 'split_classifier', 'resnet10', 'load_weights', 'get_model']
 
 # %% ../nbs/06_models.ipynb #bbc53dde
-import difflib, torch, torch.nn.functional as F
+import difflib, io, os, torch, torch.nn.functional as F
 from zipfile import ZIP_STORED, ZipFile, is_zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 
@@ -135,14 +136,43 @@ def resnet10(
 MODELS['resnet10'] = resnet10
 
 # %% ../nbs/06_models.ipynb #9925112d
+def _check_zip(path):
+    "Raise `ValueError` if a zip file of torch is compressed or damaged, or has less than its tensors say"
+    with ZipFile(path) as z:                                    # `torch.load` compares no checksums
+        if any(i.compress_type != ZIP_STORED for i in z.infolist()): raise ValueError('it is compressed')
+        if bad := z.testzip(): raise ValueError(f'{bad} has another checksum')
+        if torch.__version__ < (2, 12): _check_records(z)
+
+def _check_records(z):
+    "What newer releases of torch do themselves; older ones read beyond the end of a record that is too short"
+    from torch._weights_only_unpickler import Unpickler         # it executes nothing, either
+    folder = next(n for n in z.namelist() if n.endswith('data.pkl')).removesuffix('data.pkl')
+    def storage(saved):
+        _, kind, key, _, n = saved
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        have, want = z.getinfo(f'{folder}data/{key}').file_size, n*torch._utils._element_size(dtype)
+        if have != want: raise ValueError(f'the record {key} has {have} bytes in place of {want}')
+        return torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(want, device='meta'), dtype=dtype, _internal=True)
+    u = Unpickler(io.BytesIO(z.read(folder + 'data.pkl')))
+    u.persistent_load = storage
+    u.load()
+
+def _check_dense(o):
+    "Raise `ValueError` for a tensor that is not a plain array in memory: quantized ones, for example, are not held to their bounds"
+    todo, seen = [o], set()
+    while todo:
+        if id(o := todo.pop()) in seen: continue
+        seen.add(id(o))
+        if isinstance(o, torch.Tensor) and (o.layout != torch.strided or o.is_quantized or o.is_nested or o.device.type != 'cpu'): raise ValueError('a tensor in it is not a dense array')
+        todo += [*o.keys(), *o.values()] if isinstance(o, dict) else o if isinstance(o, (list, tuple, set)) else []
+
 def _tensors(path):
-    "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than tensors and plain values"
+    "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than dense tensors and plain values"
     try:
-        if is_zipfile(path):
-            with ZipFile(path) as z:                            # `torch.load` compares no checksums
-                if any(i.compress_type != ZIP_STORED for i in z.infolist()): raise ValueError('it is compressed')
-                if bad := z.testzip(): raise ValueError(f'{bad} has another checksum')
-        return torch.load(path, map_location='cpu', weights_only=True)
+        if is_zipfile(path): _check_zip(path)
+        res = torch.load(path, map_location='cpu', weights_only=True)
+        _check_dense(res)
+        return res
     except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
     except PermissionError: raise
     except Exception as e: raise ValueError(f'{path} is not a file of weights, or holds more than tensors: {str(e).splitlines()[0][:120] if str(e) else type(e).__name__}') from e
@@ -191,6 +221,16 @@ def _published(name, weights, choices):
     if weights not in (*choices, None): raise ValueError(f'Unknown weights {weights!r} of {name}: choose from {", ".join(choices) or "none"}, or give the path of a file that is there')
     return weights
 
+@contextmanager
+def _only_tensors():
+    "For a while, `torch.load` executes nothing, whoever calls it: torchvision's and timm's downloads are files, too"
+    before = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+    try: yield
+    finally:
+        if before is None: os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
+        else: os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = before
+
 def _build(name, num_classes, in_channels, weights):
     "A network of torchvision or timm with published weights, or none"
     if _known(name) == 'timm':
@@ -218,6 +258,7 @@ def get_model(
     if name in MODELS:
         if weights is not None and not file: raise ValueError(f'No weights of {name} are published, and there is no file {weights}')
         net = MODELS[name](num_classes, in_channels=in_channels)
-    else: net = _build(name, num_classes, in_channels, None if file else weights)
+    else:
+        with _only_tensors(): net = _build(name, num_classes, in_channels, None if file else weights)
     if file: load_weights(net, Path(weights).expanduser())
     return net

@@ -8,10 +8,10 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'LIST_AUGMENTS', 'PAPE
            'evaluate', 'run', 'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
 
 # %% ../nbs/12_recipes.ipynb #13380825
-import json, math, os, platform, signal, subprocess, threading, time, warnings, zlib
+import json, math, os, platform, signal, subprocess, threading, time, uuid, warnings, zlib
 from dataclasses import dataclass, field, asdict, replace, fields
 from datetime import datetime, timezone
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -279,16 +279,24 @@ class Schedule(Callback):
     def before_batch(self): self.opt.set_hyper('lr', self.lr_at(self.start + self.iter))
 
 # %% ../nbs/12_recipes.ipynb #ee2619c4
+def _sync(folder):
+    "Force the names in a folder to the disk, where the system can"
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
 def _save(path, state):
     "Write a checkpoint so that there is always a whole one: the one before stays beside it"
-    tmp = path.with_suffix('.tmp')
+    tmp = path.with_name(f'{path.stem}.{uuid.uuid4().hex[:12]}.tmp')  # no other process writes it, with locks or without
     try:
         with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:                             # torch may say no more than that the file is not as long as it should be
         tmp.unlink(missing_ok=True)
         raise OSError(f'Cannot write {path}: {e.__context__ if isinstance(e.__context__, OSError) else e}') from e
-    if path.exists(): os.replace(path, path.with_suffix('.old'))
+    with suppress(FileNotFoundError): os.replace(path, path.with_suffix('.old'))
     os.replace(tmp, path)
+    _sync(path.parent)
 
 class Interrupted(Exception):
     "Training was stopped, by Ctrl-C or a termination signal, after its state was saved"
@@ -324,13 +332,14 @@ _held = set()                                                       # locks of t
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
 
 def _lock(fd, what=None):
-    "Wait until no other process has the lock of an open file, and take it; `what` says what is waited for. Without locks where the file system has none"
-    if not fcntl: return
+    "Wait until no other process has the lock of an open file, and take it; `what` says what is waited for. Whether it was had: some file systems have none"
+    if not fcntl: return False
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if what: warnings.warn(f'Waits for another process, which {what}')
         fcntl.flock(fd, fcntl.LOCK_EX)
-    except OSError: pass
+    except OSError: return False
+    return True
 
 @contextmanager
 def _alone(folder):
@@ -339,7 +348,10 @@ def _alone(folder):
     if not fcntl: yield; return
     fd = os.open(folder, os.O_RDONLY)
     _held.add(fd)
-    try: _lock(fd, f'trains in {folder}'); yield
+    try:
+        if _lock(fd, f'trains in {folder}'):
+            for tmp in folder.glob('*.tmp'): tmp.unlink()                # of processes that were killed
+        yield
     finally: _held.discard(fd); os.close(fd)
 
 # %% ../nbs/12_recipes.ipynb #8d092072
@@ -477,7 +489,7 @@ def _about(recipe, crc): return dict(recipe=recipe.said, train_crc=crc)    # wha
 
 def _clear(folder):
     "Without what only a run under way needs"
-    for name in ('checkpoint.pt', 'checkpoint.old', 'checkpoint.tmp', 'model.tmp'): (folder/name).unlink(missing_ok=True)
+    for name in ('checkpoint.pt', 'checkpoint.old'): (folder/name).unlink(missing_ok=True)
 
 @contextmanager
 def _taking(folder, ranks):
@@ -571,11 +583,17 @@ def _environment(device):
 
 
 # %% ../nbs/12_recipes.ipynb #a236a819
+_ROW, _NAMES = dict(key=str, recipe=dict, changed=dict, train_crc=int), dict(data=str, preset=str, method=str)       # what each row has, and its recipe
+
+def _odd(d, kinds):
+    "The first of `kinds` that `d` does not have, or not of its kind"
+    return next((k for k, kind in kinds.items() if not isinstance(d, dict) or not isinstance(d.get(k), kind)), None)
+
 def _row(path, i, line):
     "Line `i` of a ledger"
     try: row = json.loads(line)
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {i} is not a row of a ledger: {e}') from None
-    if not (isinstance(row, dict) and isinstance(row.get('key'), str) and isinstance(row.get('recipe'), dict)): raise ValueError(f'{path}, line {i} is not a row of a ledger: key and recipe are missing')
+    if odd := _odd(row, _ROW) or _odd(row['recipe'], _NAMES): raise ValueError(f'{path}, line {i} is not a row of a ledger: {odd} is missing, or of another kind')
     return row
 
 def _rows(path, data, then='left out'):
@@ -594,12 +612,21 @@ def read_ledger(path) -> list: # One dict a finished run
     with open(path, 'rb') as f: _lock(f.fileno()); return _rows(path, f.read())[0]
 
 # %% ../nbs/12_recipes.ipynb #b93a406e
+def _at_rest(f, data, seconds=1.):
+    "The bytes of an open file, when they have been the same for a while"
+    while True:
+        time.sleep(seconds); f.seek(0)
+        if (now := f.read()) == data: return data
+        data = now
+
 @contextmanager
 def _ledger(path):
     "A ledger for this process alone, as an open file, with its rows; a torn last line is cut off"
     with open(path, 'ab+', buffering=0) as f:
-        _lock(f.fileno()); f.seek(0)
-        rows, end = _rows(path, data := f.read(), 'cut off')
+        locked = _lock(f.fileno()); f.seek(0)
+        data = f.read()
+        if data and not (locked or data.endswith(b'\n')): data = _at_rest(f, data)    # another process may be writing
+        rows, end = _rows(path, data, 'cut off')
         if end < len(data): f.truncate(end)
         elif data and not data.endswith(b'\n'): f.write(b'\n')
         yield f, rows
@@ -609,10 +636,13 @@ def _append(path, row):
     with _ledger(path) as (f, rows):
         if same := [r for r in rows if r['key'] == row['key'] and r.get('train_crc') == row.get('train_crc')]: return same[-1]
         end, line = f.seek(0, os.SEEK_END), (json.dumps(row) + '\n').encode()
+        left = line
         try:
-            while line: line = line[f.write(line):]                      # a disk that is getting full takes a part
+            while left: left = left[f.write(left):]                      # a disk that is getting full takes a part
             os.fsync(f.fileno())
-        except OSError as e: f.truncate(end); raise OSError(f'Cannot write to {path}, which is as it was: {e.strerror}. The model is kept, so the same call only evaluates it again') from e
+        except OSError as e:
+            if os.fstat(f.fileno()).st_size == end + len(line) - len(left): f.truncate(end)      # nobody else has written
+            raise OSError(f'Cannot write to {path}, which is as it was: {e.strerror}. The model is kept, so the same call only evaluates it again') from e
         return row
 
 # %% ../nbs/12_recipes.ipynb #255507b1
@@ -783,8 +813,10 @@ def _changed(r, second):
 def summary(
     rows:list, # Rows of a ledger
 ) -> dict: # {(data, imbalance, preset and changes): {method: dict(n=seeds, seconds=, overall=(mean, se), ...)}}
-    "Mean and standard error over seeds, by data set, imbalance, preset and method"
+    "Mean and standard error over seeds, by data set, imbalance, preset and method. Raises `ValueError` for a row that `run` did not write"
     groups, second = {}, {}
+    for r in rows:
+        if lacking := [k for k in (*SCORES, 'seconds') if not isinstance(r.get(k, ''), (int, float, type(None)))] + ['imbalance']*('imbalance' not in r['recipe']): raise ValueError(f'The row {r["key"]} has no {", ".join(lacking)}: `run` did not write it')
     for r in rows:                                                    # the settings of second stages, if they are the same in all rows of a data set and preset
         if r['recipe'].get('iters2'): second.setdefault((r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']), set()).add(_changed(r, True))
     for r in {r['key']: r for r in rows}.values():                    # a recipe counts once, its last row

@@ -1,7 +1,7 @@
 """Changes files at random and hands them to what reads them, in a process of its own with a limit on memory and on time. Started by `test_fuzz.py`: `python fuzz.py KIND N SEED FOLDER`; prints what was wrong as JSON.
 
-Right is an error that names the file (`ValueError` or `OSError`), or a result that `check` finds to be what the bytes say. A crash or a hang ends this process, which the test sees."""
-import gzip, io, json, os, random, signal, sys, warnings
+Right is an error that names the file (`ValueError` or `OSError`), or a result that `check` finds to be what the bytes say. Wrong is also an error behind which no memory was left, and a change that costs more than `GROWTH` of memory. A crash or a hang ends this process, which the test sees."""
+import gzip, io, json, os, random, resource, signal, sys, warnings
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -58,13 +58,16 @@ def lists_gz(d):
 
 
 def ledger(d):
-    "Rows are dicts of the bytes' own lines"
-    from balms.recipes import read_ledger
+    "Rows are dicts of the bytes' own lines, and make a table, or the row that does not is named"
+    from balms.recipes import format_table, read_ledger
     path = d/'ledger.jsonl'
-    rows = [dict(key=f'k{i}', recipe=dict(data='digits', seed=i), nll=.5, per_class=[.1]*10) for i in range(6)]
+    rows = [dict(key=f'k{i}', recipe=dict(data='digits', imbalance=50, preset='small', method='bs', seed=i), changed={'lr': .1}, train_crc=i, seconds=1., overall=90., many=99., medium=90., few=None, ece=5., nll=.5, per_class=[.1]*10) for i in range(6)]
     def check():
         res = read_ledger(path)
         assert len(res) >= path.read_bytes().count(b'\n') and all(isinstance(r, dict) for r in res)
+        try: format_table(res)
+        except ValueError as e:
+            if not any(f'The row {r["key"]} ' in str(e) for r in res): raise AssertionError(f'names no row: {e}') from e
     return path, ''.join(json.dumps(r) + '\n' for r in rows).encode(), check
 
 
@@ -200,6 +203,23 @@ KINDS = dict(lists=lists, annotations=annotations, annotation_values=annotation_
              **{f'listed_{n}': (lambda d, n=n: _listed(d, n)) for n in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff')})
 
 
+GROWTH = 256                                                                  # MiB
+
+
+def peak():
+    "MiB of memory that this process has had at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**10 if sys.platform == 'linux' else 2**20)
+
+
+def no_memory(e):
+    "Whether an error comes from one that says that there was no memory"
+    seen = []
+    while e is not None and e not in seen:
+        if isinstance(e, MemoryError) or any(s in str(e).lower() for s in ('alloc', 'out of memory')): return True
+        seen.append(e); e = e.__cause__ or e.__context__
+    return False
+
+
 class Hang(BaseException): pass
 def hang(*_): raise Hang()
 
@@ -214,6 +234,7 @@ def fuzz(kind, n, seed, folder):
         rng = random.Random(s)
         changed = (how[0] if how else mutate)(data, rng, last); last = changed
         path.write_bytes(changed)
+        before = peak()
         try:
             signal.alarm(20)
             check()
@@ -221,14 +242,15 @@ def fuzz(kind, n, seed, folder):
             refused += 1
             named = path.name in str(e) or kind == 'lists' and 'a_test.txt' in str(e)     # a class that training lacks now
             if not named: wrong.append((s, f'does not name the file: {type(e).__name__}: {e}'[:300]))
+            if no_memory(e): wrong.append((s, f'asked for all memory: {type(e).__name__}: {e}'[:300]))
         except BaseException as e: wrong.append((s, f'{type(e).__name__}: {e}'[:300]))
         finally: signal.alarm(0)
+        if peak() - before > GROWTH: wrong.append((s, f'took {peak() - before:.0f} MiB more'))
     return dict(n=n, refused=refused, wrong=wrong)
 
 
 def limit_memory(more=2*2**30):
     "No more than `more` bytes over what this process has now"
-    import resource
     size = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + more,)*2)
 

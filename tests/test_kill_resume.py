@@ -1,5 +1,5 @@
 "Runs ended by SIGKILL at any moment go on and end as if nothing had been, bit for bit; the same recipe gives the same bits in any process; what is damaged or foreign is named and refused."
-import json, os, random, shutil, subprocess, sys, time
+import json, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from balms.recipes import METHODS, Recipe, read_ledger, run
@@ -123,9 +123,14 @@ def test_a_bad_model_is_named(tmp_path):
 
 
 def test_two_processes_in_one_folder(tmp_path):
-    "The same recipes at the same time: each is trained once, by one of them, and has one row"
+    "The same recipes at the same time: each stage is trained once, by one of them, and each recipe has one row"
     code = f'''
 import balms.recipes as m
+fit = m.Learner.fit
+def told(self, *args, **kw):
+    with open({str(tmp_path/"fits")!r}, 'a') as f: f.write('fit\\n')
+    return fit(self, *args, **kw)
+m.Learner.fit = told
 for method in ('bs_dt', 'balms', 'softmax'): m.run(m.Recipe(method=method, iters=30, bs=32, **(dict(iters2=20) if method != 'softmax' else {{}})), {str(tmp_path/"b")!r}, device='cpu', every=0)'''
     ps = [subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for p in ps: assert (err := p.communicate(timeout=300)[1], p.returncode)[1] == 0, err
@@ -134,6 +139,21 @@ for method in ('bs_dt', 'balms', 'softmax'): m.run(m.Recipe(method=method, iters
         run(r, tmp_path/'a', device='cpu')
         assert_same(tmp_path/'a', tmp_path/'b', r)
     assert len(read_ledger(tmp_path/'b'/'ledger.jsonl')) == 3
+    assert (tmp_path/'fits').read_text() == 'fit\n'*3                                                   # softmax, which is stage 1 of both others, and their stages 2
+
+
+def test_two_processes_in_one_folder_without_locks(tmp_path):
+    "As on some network drives: each trains for itself, none writes into another's file; a run may end with an error that says what it missed, and the next one has the right result"
+    r = Recipe(method='bs', iters=30, bs=32)
+    code = f'''
+import balms.recipes as m
+m._lock = lambda *args: False
+m.run(m.Recipe(**{r.row!r}), {str(tmp_path/"b")!r}, device='cpu', every=0)'''
+    ps = [subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outs = [(p.communicate(timeout=300)[1], p.returncode) for p in ps]
+    assert 0 in [c for _, c in outs] and all(c == 0 or re.search(r'No such file or directory|is not a file of weights|belongs to', e.splitlines()[-1]) for e, c in outs), outs
+    run(r, tmp_path/'b', device='cpu'); run(r, tmp_path/'a', device='cpu')
+    assert_same(tmp_path/'a', tmp_path/'b', r)
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -6,7 +6,9 @@ from balms.recipes import _append, format_table, read_ledger
 linux = pytest.mark.skipif(sys.platform == 'win32', reason='needs POSIX')
 
 
-def row(key, n=1): return dict(key=key, recipe=dict(data='digits'), train_crc=0, filler='x'*n)
+def row(key, n=1): return dict(key=key, recipe=dict(data='digits', imbalance=50, preset='small', method='bs'), changed={}, train_crc=0, filler='x'*n)
+
+
 def forked(f):
     "The process id of a child that runs `f` and is gone"
     pid = os.fork()
@@ -82,7 +84,53 @@ def test_a_disk_that_is_full(tmp_path, room):
     _append(path, row('c')); assert [r['key'] for r in read_ledger(path)] == ['a', 'b', 'c']
 
 
-@pytest.mark.parametrize('line', ('', '{"torn', '5', 'null', '[]', '{}', '{"key": 1, "recipe": {}}', '{"key": "a"}', '['*100_000, '\x00', '{"key": "a", "recipe": {}}x', '\u2028'))
+@linux
+def test_a_disk_that_is_full_when_a_run_has_ended(tmp_path):
+    "Its row finds no room: an error, the rows before as they were, the model kept; with room again the same call does not train, and adds it"
+    import balms.recipes as m
+    path, r = tmp_path/'ledger.jsonl', m.Recipe(iters=6, bs=32)
+    _append(path, row('a', 2_000_000))                                          # more than a checkpoint has
+    before = path.read_bytes()
+    def fill():
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match='which is as it was: File too large. The model is kept'): m.run(r, tmp_path, device='cpu')
+    assert os.waitpid(forked(fill), 0)[1] == 0
+    assert path.read_bytes() == before and [p.name for p in (tmp_path/r.key).iterdir()] == ['model.pt']
+    def again():
+        def none(*args): raise AssertionError('trains')
+        m.Learner.fit = none
+        m.run(r, tmp_path, device='cpu')
+    assert os.waitpid(forked(again), 0)[1] == 0
+    assert [x['key'] for x in read_ledger(path)] == ['a', r.key]
+
+
+@linux
+def test_without_locks(tmp_path, monkeypatch):
+    "As on some network drives: rows are still appended whole; a line that another process is still writing is not taken for a torn one, a torn one is cut off"
+    import threading, balms.recipes as m
+    monkeypatch.setattr(m, '_lock', lambda *args: False)
+    path = tmp_path/'ledger.jsonl'
+    pids = [forked(lambda i=i: [_append(path, row(f'{i}-{j}', 3000)) for j in range(20)]) for i in range(4)]
+    assert [os.waitpid(p, 0)[1] for p in pids] == [0]*4 and len(read_ledger(path)) == 80
+    line = json.dumps(row('slow')).encode() + b'\n'
+    with open(path, 'ab', buffering=0) as f:
+        f.write(line[:40])
+        t = threading.Timer(.3, lambda: f.write(line[40:])); t.start()
+        _append(path, row('next')); t.join()
+    assert [r['key'] for r in read_ledger(path)[-2:]] == ['slow', 'next']
+    with open(path, 'ab') as f: f.write(line[:40])
+    with pytest.warns(UserWarning, match='is torn, as a crash leaves it, and is cut off'): _append(path, row('last'))
+    assert len(read_ledger(path)) == 83
+
+
+def test_a_row_that_run_did_not_write(tmp_path):
+    "It may stand in a ledger; the table names it, whatever it lacks"
+    with pytest.raises(ValueError, match='The row a has no seconds, imbalance'): format_table([dict(key='a', recipe=dict(data='x', preset='small', method='bs'), changed={}, train_crc=0, seconds='1', overall=1., many=1., medium=1., few=1., ece=1.)])
+
+
+@pytest.mark.parametrize('line', ('', '{"torn', '5', 'null', '[]', '{}', '{"key": 1, "recipe": {}}', '{"key": "a"}', '{"key": "a", "recipe": {}}', '{"key": "a", "recipe": {"data": ["x"], "preset": "small", "method": "bs"}, "changed": {}, "train_crc": 0}', '['*100_000, '\x00', '{"key": "a", "recipe": {}}x', '\u2028'))
 def test_a_line_that_is_no_row(tmp_path, line):
     "Named by file and number, wherever a ledger is read or written; nothing is cut off"
     path = tmp_path/'ledger.jsonl'

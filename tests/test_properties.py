@@ -48,6 +48,16 @@ def close(a, b, dtype, scale, k, out=0.):
     torch.testing.assert_close(a.double(), b.double(), rtol=tol, atol=tol)
 
 
+def each_close(g, want, of, dtype, scale, k=1):
+    "Each entry of a gradient, p - onehot, for itself: p to the relative rounding of an exponential of numbers of size `scale`, then the difference, and the type that it has. `of`: the size of p, or of what moves with the logit"
+    wide = torch.promote_types(dtype, torch.float32)
+    rel = EPS[wide]*(6*scale + k/8) + 6*EPS[torch.float32]*30
+    least = max(torch.finfo(dtype).tiny*EPS[dtype], torch.finfo(torch.float32).tiny)        # smaller numbers become zero
+    tol = rel*of.double() + 2*EPS[dtype]*want.double().abs() + 2*EPS[wide]*(want < 0) + least     # a difference from one is right to the rounding of one
+    wrong = (g.double() - want.double()).abs() > tol
+    assert not wrong.any(), (int(wrong.sum()), g[wrong][:3], want[wrong][:3], tol[wrong][:3])
+
+
 @some
 @given(cases())
 def test_balanced_softmax_is_finite_and_has_the_right_value_and_gradient(case):
@@ -57,7 +67,7 @@ def test_balanced_softmax_is_finite_and_has_the_right_value_and_gradient(case):
     want, wg = naive(x, y, counts)
     assert l.isfinite().all() and (l >= 0).all() and g.isfinite().all() and l.dtype == torch.promote_types(dtype, torch.float32) and g.dtype == dtype
     size = float(x.abs().max())
-    close(l, want, dtype, size, len(counts)); close(g, wg, dtype, size, len(counts), EPS[dtype])
+    close(l, want, dtype, size, len(counts)); each_close(g, wg, wg + F.one_hot(y, len(counts)), dtype, size, len(counts))
     close(l.mean(), BalancedSoftmax(counts)(x, y), dtype, size, len(counts))
     assert torch.equal(l, balanced_softmax_loss(x, y, counts, reduction='none'))
 
@@ -98,7 +108,7 @@ def test_balanced_sigmoid_is_finite_and_has_the_right_value_and_gradient(case, c
     z, t = x.double() + shift*((y < k)[:, None] if foreground_only else 1), F.one_hot(y, k + 1)[:, :k].double()
     size = float(x.abs().max()) + float(shift.abs().max())
     assert l.isfinite().all() and g.isfinite().all() and torch.equal(f.shift, log_odds_prior(counts, total, constant=constant))
-    close(g, z.sigmoid() - t, dtype, size, 1, EPS[dtype])
+    each_close(g, z.sigmoid() - t, z.sigmoid()*(-z).sigmoid(), dtype, size)
     want = (F.softplus(z) - t*z).sum(1)
     torch.testing.assert_close(l.double(), want, rtol=6*(EPS[torch.promote_types(dtype, torch.float32)]*size + EPS[torch.float32]*30), atol=1e-4*k**.5)
 
@@ -116,7 +126,7 @@ def test_every_loss_of_the_tables_is_finite_and_agrees_with_itself_in_float64(ca
     size = float(x.abs().max())*(getattr(f, 's', 1) or 1)
     tol = 20*EPS[torch.promote_types(dtype, torch.float32)]*(size + 30)
     torch.testing.assert_close(l.double(), want.double(), rtol=tol, atol=tol*len(counts)**.5)
-    torch.testing.assert_close(g.double(), wg.double(), rtol=tol + EPS[dtype], atol=tol + EPS[dtype])
+    torch.testing.assert_close(g.double(), wg.double(), rtol=tol + EPS[dtype], atol=4*EPS[torch.promote_types(dtype, torch.float32)]*(getattr(f, "s", 1) or 1) + torch.finfo(dtype).tiny*EPS[dtype])
 
 
 @some
@@ -129,7 +139,8 @@ def test_gradients_of_gradients(case):
     v = torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)
     h, = torch.autograd.grad((g*v).sum(), x)
     p = naive(x.detach(), y, counts)[1] + F.one_hot(y, x.shape[1])
-    torch.testing.assert_close(h, p*(v - (p*v).sum(1, keepdim=True)), rtol=1e-6, atol=1e-6)
+    want = p*(v - (p*v).sum(1, keepdim=True))
+    assert ((h - want).abs() <= 1e-5*p + 1e-15).all()                              # of each for itself; the prior is float32
 
 
 @settings(some, max_examples=min(settings().max_examples//10, 200))
@@ -142,7 +153,7 @@ def test_compiled_and_eager_agree(case, loss):
     torch._dynamo.reset()
     (l, g), (l2, g2) = graded(f, x, y), graded(torch.compile(f, backend='aot_eager', fullgraph=True, dynamic=True), x, y)
     size = float(x.abs().max())
-    close(l, l2, dtype, size*len(counts)**.5, len(counts)); close(g, g2, dtype, size, len(counts), EPS[dtype])
+    close(l, l2, dtype, size*len(counts)**.5, len(counts)); each_close(g2, g, g.abs(), dtype, size, len(counts))
 
 
 def step(device='cpu', autocast=None, compiled=False):
@@ -176,7 +187,7 @@ def test_cpu_and_cuda_agree(case):
     f = BalancedSoftmax(counts, reduction='none')
     (l, g), (l2, g2) = graded(f, x, y), graded(f.cuda(), x.cuda(), y.cuda())
     size = float(x.abs().max())
-    close(l, l2.cpu(), dtype, size, len(counts)); close(g, g2.cpu(), dtype, size, len(counts), EPS[dtype])
+    close(l, l2.cpu(), dtype, size, len(counts)); each_close(g2.cpu(), g, g.abs(), dtype, size, len(counts))
 
 
 def test_a_trained_classifier_can_be_exported(tmp_path):
