@@ -185,7 +185,7 @@ def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path):
     sparse = torch.eye(3).to_sparse()
     for name, t in dict(quantized=torch.quantize_per_tensor(torch.ones(3), .1, 0, torch.qint8), sparse=sparse, csr=sparse.to_sparse_csr(), meta=torch.empty(3, device='meta')).items():
         torch.save({'about': [{'deep': (t,)}]}, f := tmp_path/f'{name}.pth')
-        with pytest.raises(ValueError, match=rf'{name}\.pth is not a file of weights.*(dense|Unsupported|not allowed|Could not run)'): _tensors(f)
+        with pytest.raises(ValueError, match=rf'{name}\.pth is not a file of weights'): _tensors(f)
     o = []
     for _ in range(200): o = [o, o]                                              # 2**200 of them, for those who look at each
     torch.save({'w': o}, f := tmp_path/'many.pth')
