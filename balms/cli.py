@@ -49,7 +49,7 @@ def balms_train(argv=None): # Arguments; default: those of the command line
     import warnings
     if argv is None: warnings.filterwarnings('ignore', category=FutureWarning)       # of the libraries underneath
     args = _parser().parse_args(argv)
-    from balms.recipes import METHODS, Interrupted, Recipe, run, read_ledger, format_table, plot_runs
+    from balms.recipes import METHODS, Interrupted, Recipe, run, read_ledger
     import matplotlib
     if argv is None: matplotlib.use('Agg')
     out, keys, main = Path(args.out), [], int(os.environ.get('RANK') or 0) == 0
@@ -61,18 +61,21 @@ def balms_train(argv=None): # Arguments; default: those of the command line
             row = run(r, out, args.root, _device(args.device), progress=sys.stdout.isatty(), compile=args.compile, **_how(args))
             if main: print(f'[{i + 1}/{len(recipes)}] {r.data} {r.method} seed {r.seed}: {row["overall"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
             keys.append(r.key)
+        if main: _report(recipes[0], [r for r in read_ledger(out/'ledger.jsonl') if r['key'] in keys], out)
     except Interrupted as e: print(f'\n{e}', file=sys.stderr); raise SystemExit(130) from None
-    except KeyboardInterrupt: print('\nStopped before there was anything to save', file=sys.stderr); raise SystemExit(130) from None
+    except KeyboardInterrupt: print(f'\nStopped. The same command goes on from what is in {out}', file=sys.stderr); raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as e: _fail('balms_train', e)
     except RuntimeError as e:
         if 'lost the others' not in str(e): raise
         _fail('balms_train', e)
-    if not main: return
-    rows = [r for r in read_ledger(out/'ledger.jsonl') if r['key'] in keys]
-    r = recipes[0]
+
+def _report(r, rows, out):
+    "Print the table of the rows, then save their figure beside the ledger"
+    from balms.recipes import format_table, plot_runs
     figure = out/('-'.join([Path(r.data).name, 'own' if r.imbalance is None else f'{r.imbalance:g}', r.preset, *(f'{k}={v}' for k, v in r.changed.items())]) + '.png')
+    print(f'\n{format_table(rows)}\n\nMean per-class accuracy and ECE in %, on the test set, last step; mean ± standard error over seeds.')
     plot_runs(rows, figure)
-    print(f'\n{format_table(rows)}\n\nMean per-class accuracy and ECE in %, on the test set, last step; mean ± standard error over seeds.\nFigure: {figure}    Ledger: {out/"ledger.jsonl"}')
+    print(f'Figure: {figure}    Ledger: {out/"ledger.jsonl"}')
 
 def _how(args):
     "Arguments of `run` that say how, not what"

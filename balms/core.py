@@ -145,6 +145,7 @@ class _ShiftedNLL(torch.autograd.Function):
         if weight is None and ctx.reduction == 'mean' and not (y == ctx.ignore).any(): g, i = g/y.numel(), y.long().unsqueeze(1)
         else:
             w, i = _rows(y, weight, ctx.ignore)
+            w = w.to(z.dtype)
             g = (torch.where(w == 0, 0, g*w/w.sum()) if ctx.reduction == 'mean' else g*w).unsqueeze(1)
         t = -g.to(z.dtype).expand_as(i)
         try: d = z.exp().mul_(g).scatter_add_(1, i, t)

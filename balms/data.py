@@ -255,7 +255,11 @@ class ShuffledIndices:
             self.pos += len(out[-1]); bs -= len(out[-1])
         return torch.cat(out)
     def state_dict(self): return dict(pos=self.pos, gen=self.gen.get_state(), perm=getattr(self, 'perm', None))
-    def load_state_dict(self, s): self.pos, self.perm = s['pos'], s['perm']; self.gen.set_state(s['gen'].cpu())
+    def load_state_dict(self, s):
+        "Go on from a saved state. Raises `ValueError` if it is of another number of samples, or none"
+        pos, perm = s['pos'], s['perm']
+        if type(pos) is not int or not 0 <= pos <= self.n or (pos < self.n if perm is None else not torch.equal(perm.cpu().sort().values, torch.arange(self.n))): raise ValueError(f'The saved order is not one of {self.n} samples')
+        self.pos, self.perm = pos, perm; self.gen.set_state(s['gen'].cpu())
 
 # %% ../nbs/04_data.ipynb #8b4ca6fc
 def mixed_seed(*numbers) -> int: # 63 bits

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'BasicBlock', 'with_classifier', 'resnet_cifar', 'small_cnn
            'classifier_input', 'split_classifier', 'resnet10', 'load_weights', 'get_model']
 
 # %% ../nbs/06_models.ipynb #bbc53dde
-import difflib, io, os, torch, torch.nn.functional as F
+import difflib, io, os, pickletools, re, torch, torch.nn.functional as F
 from zipfile import ZIP_STORED, ZipFile, is_zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -136,27 +136,59 @@ def resnet10(
 MODELS['resnet10'] = resnet10
 
 # %% ../nbs/06_models.ipynb #9925112d
-def _check_zip(path):
-    "Raise `ValueError` if a zip file of torch is compressed or damaged, or has less than its tensors say"
-    with ZipFile(path) as z:                                    # `torch.load` compares no checksums
-        if any(i.compress_type != ZIP_STORED for i in z.infolist()): raise ValueError('it is compressed')
-        if bad := z.testzip(): raise ValueError(f'{bad} has another checksum')
-        if torch.__version__ < (2, 12): _check_records(z)
+# What a file of weights or a checkpoint may name
+_GLOBALS = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch (Size|device|dtype|\w+Storage|(b?float|u?int|complex)\d+|bool)|torch\.storage (Typed|Untyped)Storage')
 
-def _check_records(z):
-    "What newer releases of torch do themselves; older ones read beyond the end of a record that is too short"
-    from torch._weights_only_unpickler import Unpickler         # it executes nothing, either
-    folder = next(n for n in z.namelist() if n.endswith('data.pkl')).removesuffix('data.pkl')
+def _check_names(f):
+    "Read past one pickle, without loading it. Raises `ValueError` if it names anything but tensors and plain values: some names alone make an endless array, or one of what memory holds"
+    for op, arg, _ in pickletools.genops(f):
+        if op.name == 'GLOBAL' and not _GLOBALS.fullmatch(arg) or op.name in ('STACK_GLOBAL', 'INST', 'OBJ', 'NEWOBJ_EX', 'EXT1', 'EXT2', 'EXT4'): raise ValueError(f'it holds {arg or op.name}')
+
+def _storages(data):
+    "{key: (type, number)} of the storages that a pickle of tensors asks for; nothing is executed, nothing allocated"
+    from torch._weights_only_unpickler import Unpickler
+    res = {}
     def storage(saved):
-        _, kind, key, _, n = saved
+        _, kind, key, _, n, *_ = saved
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        have, want = z.getinfo(f'{folder}data/{key}').file_size, n*torch._utils._element_size(dtype)
-        if have != want: raise ValueError(f'the record {key} has {have} bytes in place of {want}')
-        return torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(want, device='meta'), dtype=dtype, _internal=True)
-    u = Unpickler(io.BytesIO(z.read(folder + 'data.pkl')))
+        if res.setdefault(key, (dtype, n)) != (dtype, n) or n < 0: raise ValueError(f'the storage {key} has two sizes, or a negative one')
+        return torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(n*torch._utils._element_size(dtype), device='meta'), dtype=dtype, _internal=True)
+    u = Unpickler(io.BytesIO(data))
     u.persistent_load = storage
     u.load()
+    return {k: n*torch._utils._element_size(dtype) for k, (dtype, n) in res.items()}
 
+
+# %% ../nbs/06_models.ipynb #ffda8e49
+def _checked_zip(data):
+    "A zip file of torch, written anew from its members. Raises `ValueError` if it is compressed or damaged, or has a name twice, less than its tensors say, or what is no tensor"
+    with ZipFile(data) as z:                                    # compares checksums, which `torch.load` does not
+        members = {i.filename: i for i in z.infolist()}
+        if any(i.compress_type != ZIP_STORED for i in members.values()): raise ValueError('it is compressed')
+        if len(members) < len(z.infolist()) or sum(i.file_size for i in members.values()) > data.getbuffer().nbytes: raise ValueError('it has a member twice')
+        members = {n: z.read(i) for n, i in members.items()}
+    folder, = {n.removesuffix('data.pkl') for n in members if n.count('/') == 1 and n.endswith('/data.pkl')}
+    _check_names(members[folder + 'data.pkl'])
+    if torch.__version__ < (2, 12):                             # newer ones refuse a record that is too short; older ones read beyond it
+        for key, n in _storages(members[folder + 'data.pkl']).items():
+            if len(members[f'{folder}data/{key}']) != n: raise ValueError(f'the record {key} has {len(members[f"{folder}data/{key}"])} bytes in place of {n}')
+    out = io.BytesIO()
+    with ZipFile(out, 'w') as z:                                # torch has a reader of its own, which could find other members in the same file
+        for n, b in members.items(): z.writestr(n, b)
+    return out
+
+def _checked_old(data):
+    "A file in torch's format from before 2020, as it is. Raises `ValueError` if it has less than its tensors say, or what is no tensor"
+    parts, _ = [], data.seek(0)
+    for _ in range(5):                                          # a number, a version, the system, what was saved, and the names of its storages
+        start = data.tell(); _check_names(data)
+        parts.append(data.getbuffer()[start:data.tell()])
+    need, have = _storages(bytes(parts[3])), [arg for op, arg, _ in pickletools.genops(bytes(parts[4])) if isinstance(arg, str)]
+    if set(need) != set(have) or sum(need.values()) + 8*len(need) != data.getbuffer().nbytes - data.tell(): raise ValueError('it has other storages than its tensors say')
+    return data
+
+
+# %% ../nbs/06_models.ipynb #0046cb3d
 def _check_dense(o):
     "Raise `ValueError` for a tensor that is not a plain array in memory: quantized ones, for example, are not held to their bounds"
     todo, seen = [o], set()
@@ -164,26 +196,34 @@ def _check_dense(o):
         if id(o := todo.pop()) in seen: continue
         seen.add(id(o))
         if isinstance(o, torch.Tensor) and (o.layout != torch.strided or o.is_quantized or o.is_nested or o.device.type != 'cpu'): raise ValueError('a tensor in it is not a dense array')
-        todo += [*o.keys(), *o.values()] if isinstance(o, dict) else o if isinstance(o, (list, tuple, set)) else []
+        todo += [*dict.keys(o), *dict.values(o)] if isinstance(o, dict) else o if isinstance(o, (list, tuple, set)) else []
 
 def _tensors(path):
-    "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than dense tensors and plain values"
+    "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than dense tensors and plain values, and `OSError` for one that cannot be read now"
+    try: data = io.BytesIO(Path(path).read_bytes())
+    except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
+    except OSError as e: raise OSError(e.errno, f'{e.strerror}, so it is not known whether this file is good', str(path)) from e
     try:
-        if is_zipfile(path): _check_zip(path)
-        res = torch.load(path, map_location='cpu', weights_only=True)
+        data = (_checked_zip if is_zipfile(data) else _checked_old)(data)
+        data.seek(0)
+        res = torch.load(data, map_location='cpu', weights_only=True)
         _check_dense(res)
         return res
-    except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
-    except PermissionError: raise
+    except MemoryError: raise
     except Exception as e: raise ValueError(f'{path} is not a file of weights, or holds more than tensors: {str(e).splitlines()[0][:120] if str(e) else type(e).__name__}') from e
 
+
+# %% ../nbs/06_models.ipynb #301d84ba
 def _read_weights(path):
     "{name: tensor} of a file of weights, without wrappers"
     s = _tensors(path)
     for key in ('state_dict', 'model'):
-        if isinstance(s, dict) and isinstance(s.get(key), dict): s = s[key]
-    if not isinstance(s, dict) or not s or not all(isinstance(v, torch.Tensor) for v in s.values()): raise ValueError(f'{path} holds no weights: a dictionary of named tensors is needed')
-    while all(k.startswith('module.') for k in s): s = {k[len('module.'):]: v for k, v in s.items()}
+        if isinstance(s, dict) and isinstance(dict.get(s, key), dict): s = s[key]
+    s = dict(s) if isinstance(s, dict) else {}
+    if not s or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in s.items()): raise ValueError(f'{path} holds no weights: a dictionary of named tensors is needed')
+    for _ in range(4):                                          # wrapped, perhaps more than once
+        if not all(k.startswith('module.') for k in s): break
+        s = {k[len('module.'):]: v for k, v in s.items()}
     return s
 
 def load_weights(
@@ -224,12 +264,13 @@ def _published(name, weights, choices):
 @contextmanager
 def _only_tensors():
     "For a while, `torch.load` executes nothing, whoever calls it: torchvision's and timm's downloads are files, too"
-    before = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+    before = {k: os.environ.pop(k, None) for k in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')}
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
     try: yield
     finally:
-        if before is None: os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD', None)
-        else: os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = before
+        for k, v in before.items():
+            os.environ.pop(k, None)
+            if v is not None: os.environ[k] = v
 
 def _build(name, num_classes, in_channels, weights):
     "A network of torchvision or timm with published weights, or none"
@@ -259,6 +300,11 @@ def get_model(
         if weights is not None and not file: raise ValueError(f'No weights of {name} are published, and there is no file {weights}')
         net = MODELS[name](num_classes, in_channels=in_channels)
     else:
-        with _only_tensors(): net = _build(name, num_classes, in_channels, None if file else weights)
+        try:
+            with _only_tensors(): net = _build(name, num_classes, in_channels, None if file else weights)
+        except (OSError, ValueError): raise
+        except Exception as e:
+            if weights is None or file: raise
+            raise ValueError(f'The published weights {weights} of {name} are there, but damaged or not weights; remove what {torch.hub.get_dir()} has of them: {str(e).splitlines()[0][:120]}') from e
     if file: load_weights(net, Path(weights).expanduser())
     return net

@@ -32,7 +32,7 @@ from fastcore.basics import noop, patch
 from .augment import AutoAugmentCutout, CropFlip
 from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling
 from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits, class_counts, _plain
-from .data import DATASETS, ArrayDataset, ShuffledIndices, _imbalance, load_data, data_root, long_tail, array_dls, mixed_seed
+from .data import DATASETS, ArrayDataset, ShuffledIndices, _imbalance, load_data, data_root, long_tail, array_dls, mixed_seed, _write
 from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
 from .image_lists import LIST_FACTS, ImageList, PackedDataset, find_lists, list_dls, load_lists, read_list
 from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, _head_opt
@@ -291,11 +291,13 @@ def _save(path, state):
     tmp = path.with_name(f'{path.stem}.{uuid.uuid4().hex[:12]}.tmp')  # no other process writes it, with locks or without
     try:
         with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:                             # torch may say no more than that the file is not as long as it should be
-        tmp.unlink(missing_ok=True)
-        raise OSError(f'Cannot write {path}: {e.__context__ if isinstance(e.__context__, OSError) else e}') from e
-    with suppress(FileNotFoundError): os.replace(path, path.with_suffix('.old'))
-    os.replace(tmp, path)
+        with suppress(FileNotFoundError): os.replace(path, path.with_suffix('.old'))
+        os.replace(tmp, path)
+    except BaseException as e:
+        with suppress(OSError): tmp.unlink(missing_ok=True)
+        cause = next((c for c in (e, e.__context__) if isinstance(c, OSError)), None)
+        if cause or 'inline_container' in str(e): raise OSError(f'Cannot write {path}: {cause or e}') from e    # torch may say no more than that the file is not as long as it should be
+        raise
     _sync(path.parent)
 
 class Interrupted(Exception):
@@ -308,12 +310,23 @@ class TrainOnly(Callback):
     def before_validate(self): raise CancelValidException()
 
 # %% ../nbs/12_recipes.ipynb #8142ef14
+_SAVED = dict(about=dict, step=int, seconds=float, model=dict)
+
+def _odd(d, kinds):
+    "The first of `kinds` that `d` does not have, or not of its kind"
+    return next((k for k, kind in kinds.items() if not isinstance(d, dict) or not isinstance(dict.get(d, k), kind) or kind is int and isinstance(d[k], bool)), None)
+
 def _checkpoint(path, about):
     "What `_save` wrote. Raises `ValueError` that names a file that is damaged, no checkpoint, or of another run"
     saved = _tensors(path)
-    if not isinstance(saved, dict) or not {'about', 'step', 'seconds', 'model'} <= set(saved): raise ValueError(f'{path} is no checkpoint of this package')
+    if odd := _odd(saved, _SAVED) or _odd(saved['about'], dict(recipe=str, train_crc=int)): raise ValueError(f'{path} is no checkpoint of this package: {odd} is missing, or of another kind')
+    if saved['step'] < 0 or not 0 <= saved['seconds'] < math.inf: raise ValueError(f'{path} is no checkpoint of this package: step {saved["step"]}, {saved["seconds"]} seconds')
     if saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
     return saved
+
+def _differs(a, b):
+    "What two dicts say differently"
+    return ', '.join(f'{k} {a.get(k)}, now {b.get(k)}' for k in {**a, **b} if a.get(k) != b.get(k))
 
 def _newest(paths, about):
     "The first good one of `paths` and what it holds, (None, None) if there is none at all; those before it are named and moved aside"
@@ -345,6 +358,7 @@ def _lock(fd, what=None):
 def _alone(folder):
     "`folder`, made if it is not there, for this process alone"
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK): raise OSError(f'Cannot write to {folder}: the run of a recipe has its checkpoints there')
     if not fcntl: yield; return
     fd = os.open(folder, os.O_RDONLY)
     _held.add(fd)
@@ -358,13 +372,16 @@ def _alone(folder):
 class Checkpoint(Callback):
     "Saves the state of training every `every` seconds and when it is stopped; takes up a saved state when training begins."
     order = 100                                                     # after mixed precision has made its scaler
-    def __init__(self, path, about, every=30., stop_at=None, ranks=None):       # file; what the run is; seconds; step to stop after; processes
+    def __init__(self, path, about, every=30., stop_at=None, ranks=None, how=None, total=None):       # file; what the run is; seconds; step to stop after; processes; how it is done; steps of the run
         self.path, self.about, self.every, self.stop_at, self.ranks = path, about, every, stop_at, ranks or Ranks()
         self.done = path.with_name('model.pt')                       # of a finished run
         self.found, self.saved = self.ranks.first(lambda: _newest((self.done, path, path.with_suffix('.old')), about))
         self.saved = self.saved or dict(step=0, seconds=0.)
         if 'opt' in self.saved and self.saved.get('world', 1) != self.ranks.world: raise ValueError(f'{path} was saved by {self.saved.get("world", 1)} processes, and these are {self.ranks.world}: go on with as many, or remove it to begin anew')
-        self.step, self.seconds, self.stop, self.handlers = self.saved['step'], self.saved['seconds'], False, {}
+        if total is not None and self.saved['step'] > total: raise ValueError(f'{self.found} is of step {self.saved["step"]}, and the run has {total}')
+        self.step, self.seconds, self.stop, self.stopped, self.handlers = self.saved['step'], self.saved['seconds'], False, False, {}
+        self.hows = [h for h in self.saved.get('hows', ()) if h != how] + [how]*(how is not None)            # the last one is that of now
+        if len(self.hows) > 1 and self.found == path and self.ranks.rank == 0: warnings.warn(f'{path} was begun in another way: {_differs(*self.hows[-2:])}. It goes on, and its row will say both')
 
     def _others(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')]
     def _scaler(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
@@ -373,7 +390,7 @@ class Checkpoint(Callback):
         return dict(rng=torch.get_rng_state(), cuda=cuda)
     def _net(self): return getattr(self.model, 'module', self.model)   # without DistributedDataParallel
     def state(self):
-        return dict(about=self.about, step=self.step, seconds=self.seconds + time.time() - self.began, model=self._net().state_dict(), opt=self.opt.state_dict(),
+        return dict(about=self.about, step=self.step, seconds=self.seconds + time.time() - self.began, model=self._net().state_dict(), opt=self.opt.state_dict(), hows=self.hows,
                     data=self.dls.train.state_dict(), **self._random(), **(dict(world=self.ranks.world, each=self.ranks.gather(self._random())) if self.ranks.world > 1 else {}),
                     scaler=self._scaler().state_dict() if self._scaler() else {}, cbs={cb.name: cb.state_dict() for cb in self._others()})
     def restore(self, s):
@@ -388,7 +405,9 @@ class Checkpoint(Callback):
         "Give back the signal handlers"
         while self.handlers: signal.signal(*self.handlers.popitem())
     def before_train(self):                                         # loaders and callbacks are ready
-        if 'model' in self.saved and self.step == self.saved['step']: self.restore(self.saved)
+        if 'model' in self.saved and self.step == self.saved['step']:
+            try: self.restore(self.saved)
+            except Exception as e: raise ValueError(f'{self.found} does not fit this run: {type(e).__name__}: {e}') from e
     def before_fit(self):
         self.began = self.last = time.time()
         if threading.current_thread() is threading.main_thread(): self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -400,7 +419,7 @@ class Checkpoint(Callback):
         self.step += 1
         self.stop, due = self.ranks.agree(self.stop or self.step == self.stop_at, time.time() - self.last > self.every and self.ranks.rank == 0)
         if self.stop or due: self._write(self.state()); self.last = time.time()
-        if self.stop: raise CancelFitException()
+        if self.stop: self.stopped = True; raise CancelFitException()      # all agreed
     def _write(self, state): self.ranks.first(lambda: _save(self.path, state))
     def after_fit(self): self.seconds += time.time() - self.began
 
@@ -424,6 +443,10 @@ class _How:
     workers: int = None
     decode: str = 'workers'
     every: float = 30.
+    @property
+    def said(self) -> dict:
+        "What a checkpoint says of how it came about: a run that goes on in another way has several of these"
+        return {**self.row, **{k: v for k, v in _environment(self.device).items() if k != 'date'}}
     @property
     def row(self) -> dict:
         "What of it a row of the ledger has beside the rest"
@@ -482,7 +505,7 @@ def _apart(learn, recipe, how):
 # %% ../nbs/12_recipes.ipynb #0c3fa2d3
 def _finite(learn, r, lr):
     "An error if weights, or learned rates, are not finite"
-    if not all(p.isfinite().all() for p in learn.model.parameters()): raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {lr} too high?')
+    if not all(p.isfinite().all() for p in (*learn.model.parameters(), *learn.model.buffers()) if p.is_floating_point()): raise FloatingPointError(f'Training diverged: weights are not finite. Is the learning rate {lr} too high?')
     if r is not None and not all(map(math.isfinite, r)): raise FloatingPointError('The learned class rates are not finite')
 
 def _about(recipe, crc): return dict(recipe=recipe.said, train_crc=crc)    # what a checkpoint must be of
@@ -506,9 +529,10 @@ def _fit(learn, recipe, folder, *args, **kwargs):
 def _fit_alone(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=None, progress=False, stop_at=None):
     "Train for `iters` steps, from what is in `folder`, and keep all of `trained` there. What was saved at the end: seconds, learned r"
     trained, ranks, about = learn if trained is None else trained, how.ranks, _about(recipe, crc)
-    ckpt = Checkpoint(folder/'checkpoint.pt', about, how.every, stop_at, ranks)
+    ckpt = Checkpoint(folder/'checkpoint.pt', about, how.every, stop_at, ranks, how.said, iters)
     if ckpt.found == ckpt.done:
-        trained.model.load_state_dict(ckpt.saved['model'])
+        try: trained.model.load_state_dict(ckpt.saved['model'])
+        except Exception as e: raise ValueError(f'{ckpt.done} does not fit this run: {type(e).__name__}: {e}') from e
         _finite(trained, ckpt.saved.get('r'), lr_at(0))
         ranks.first(lambda: _clear(folder))                           # of one that was killed between its last two steps
         return ckpt.saved
@@ -517,13 +541,15 @@ def _fit_alone(learn, recipe, folder, iters, lr_at, crc, how, cbs=(), trained=No
         if isinstance(cb, DeferredReweighting): cb.progress = lambda: ckpt.step/iters      # of the whole run, not of what is left of it
     try:
         with nullcontext() if progress and ranks.rank == 0 else learn.no_bar(): learn.fit(1, cbs=[*cbs, Schedule(lr_at, ckpt.step), TrainOnly(), ckpt])
+        stopped = Interrupted(f'Stopped after step {ckpt.step} of {iters}. The same command goes on from there')
+        if ckpt.stopped: raise stopped
+        r = next((cb.psi.r.tolist() for cb in cbs if hasattr(type(cb), 'load_state_dict')), None)
+        _finite(trained, r, max(lr_at(0), lr_at(iters//2)))
+        saved = dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=trained.model.state_dict(), r=r, hows=[h for h in ckpt.hows if h])
+        ranks.first(lambda: _save(ckpt.done, saved) or _clear(folder))
+        if ranks.agree(ckpt.stop)[0]: raise stopped                   # asked to after the last step
+        return saved
     finally: ckpt.release()
-    if ckpt.stop: raise Interrupted(f'Stopped after step {ckpt.step} of {iters}. The same command goes on from there')
-    r = next((cb.psi.r.tolist() for cb in cbs if hasattr(type(cb), 'load_state_dict')), None)
-    _finite(trained, r, max(lr_at(0), lr_at(iters//2)))
-    saved = dict(about=about, step=ckpt.step, seconds=ckpt.seconds, model=trained.model.state_dict(), r=r)
-    ranks.first(lambda: _save(ckpt.done, saved) or _clear(folder))
-    return saved
 
 # %% ../nbs/12_recipes.ipynb #574b085c
 def _cut(how, method, second=False):
@@ -554,7 +580,7 @@ def _on_features(learn, recipe, head, how):
 def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
     method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
-    learn.model.load_state_dict(how.ranks.first(lambda: _checkpoint(out/recipe.first.key/'model.pt', _about(recipe.first, crc))['model']))
+    learn.model.load_state_dict((before := how.ranks.first(lambda: _checkpoint(out/recipe.first.key/'model.pt', _about(recipe.first, crc))))['model'])
     head = find_classifier(learn.model)
     if method.scales: head = ScaledLinear(head); replace_classifier(learn.model, head)
     else: head.reset_parameters()
@@ -565,6 +591,7 @@ def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
     saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
+    saved['hows'] = [h for h in before.get('hows', ()) if h not in saved.get('hows', ())] + saved.get('hows', [])
     if method.scales: replace_classifier(learn.model, head.folded())
     return learn, saved
 
@@ -577,7 +604,7 @@ def _commit():
 
 def _environment(device):
     "What a number depends on besides the recipe"
-    return dict(balms=balms.__version__, commit=_commit(), torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version(),
+    return dict(balms=balms.__version__, commit=_commit(), torch=str(torch.__version__), fastai=fastai.__version__, python=platform.python_version(),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, threads=torch.get_num_threads(),
                 date=datetime.now(timezone.utc).date().isoformat())
 
@@ -585,49 +612,58 @@ def _environment(device):
 # %% ../nbs/12_recipes.ipynb #a236a819
 _ROW, _NAMES = dict(key=str, recipe=dict, changed=dict, train_crc=int), dict(data=str, preset=str, method=str)       # what each row has, and its recipe
 
-def _odd(d, kinds):
-    "The first of `kinds` that `d` does not have, or not of its kind"
-    return next((k for k, kind in kinds.items() if not isinstance(d, dict) or not isinstance(d.get(k), kind)), None)
-
 def _row(path, i, line):
     "Line `i` of a ledger"
-    try: row = json.loads(line)
+    try: row = json.loads(line.decode())
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {i} is not a row of a ledger: {e}') from None
     if odd := _odd(row, _ROW) or _odd(row['recipe'], _NAMES): raise ValueError(f'{path}, line {i} is not a row of a ledger: {odd} is missing, or of another kind')
     return row
 
+def _torn(line):
+    "Whether a line is the beginning of a row as `_append` writes it, and no more: what a crash leaves"
+    line, begin = line.rstrip(b'\0'), b'{"key": "'
+    if not line or not line.startswith(begin[:len(line)]) or b'\r' in line or b'\0' in line: return False
+    try: json.loads(line.decode())
+    except json.JSONDecodeError as e: return e.msg != 'Extra data'
+    except (ValueError, RecursionError): pass
+    return False
+
 def _rows(path, data, then='left out'):
-    "The rows of a ledger and how many of its bytes are whole lines; tells of a torn last line"
+    "The rows of a ledger and how many of its bytes are whole lines; tells of torn ones, as a crash leaves them at the end, or without locks before it"
     *lines, last = data.split(b'\n')
-    rows = [_row(path, i, l) for i, l in enumerate(lines, 1)]
-    if last:
-        try: rows.append(_row(path, len(lines) + 1, last)); last = b''                   # all but its end is there
-        except ValueError: warnings.warn(f'{path}, line {len(lines) + 1} is torn, as a crash leaves it, and is {then}: {last[:80].decode(errors="replace")!r}')
-    return rows, len(data) - len(last)
+    rows = []
+    for i, l in enumerate([*lines, last] if last else lines, 1):
+        if not l: continue                                            # two processes without locks have ended the same torn line
+        try: rows.append(_row(path, i, l)); torn = False
+        except ValueError:
+            if not (torn := _torn(l)): raise
+            warnings.warn(f'{path}, line {i} is torn, as a crash leaves it, and is {then if i > len(lines) else "left out"}: {l[:80].decode(errors="replace")!r}')
+    return rows, len(data) - (len(last) if last and torn else 0)
+
+def _settled(f, locked, seconds=1.):
+    "The bytes of an open ledger. Without a lock another process may be writing: then wait until its line has an end, or stays without one for a while"
+    data = f.read()
+    while data and not locked and not data.endswith(b'\n'):
+        time.sleep(seconds); f.seek(0)
+        if data == (data := f.read()): break
+    return data
 
 def read_ledger(path) -> list: # One dict a finished run
     "The rows of a ledger; an empty list if there is none. Raises `ValueError` with file and line for what is not a row"
     path = Path(path)
     if not path.exists(): return []
-    with open(path, 'rb') as f: _lock(f.fileno()); return _rows(path, f.read())[0]
+    with open(path, 'rb') as f: return _rows(path, _settled(f, _lock(f.fileno())))[0]
 
 # %% ../nbs/12_recipes.ipynb #b93a406e
-def _at_rest(f, data, seconds=1.):
-    "The bytes of an open file, when they have been the same for a while"
-    while True:
-        time.sleep(seconds); f.seek(0)
-        if (now := f.read()) == data: return data
-        data = now
-
 @contextmanager
 def _ledger(path):
-    "A ledger for this process alone, as an open file, with its rows; a torn last line is cut off"
+    "A ledger for this process alone, as an open file, with its rows; a torn last line is cut off and kept beside it, but without a lock only ended"
     with open(path, 'ab+', buffering=0) as f:
         locked = _lock(f.fileno()); f.seek(0)
-        data = f.read()
-        if data and not (locked or data.endswith(b'\n')): data = _at_rest(f, data)    # another process may be writing
-        rows, end = _rows(path, data, 'cut off')
-        if end < len(data): f.truncate(end)
+        rows, end = _rows(path, data := _settled(f, locked), f'cut off, and kept in {path.name}.torn' if locked else 'left there')
+        if locked and end < len(data):
+            with open(f'{path}.torn', 'ab') as t: t.write(data[end:] + b'\n')
+            f.truncate(end)
         elif data and not data.endswith(b'\n'): f.write(b'\n')
         yield f, rows
 
@@ -641,8 +677,8 @@ def _append(path, row):
             while left: left = left[f.write(left):]                      # a disk that is getting full takes a part
             os.fsync(f.fileno())
         except OSError as e:
-            if os.fstat(f.fileno()).st_size == end + len(line) - len(left): f.truncate(end)      # nobody else has written
-            raise OSError(f'Cannot write to {path}, which is as it was: {e.strerror}. The model is kept, so the same call only evaluates it again') from e
+            if alone := os.fstat(f.fileno()).st_size == end + len(line) - len(left): f.truncate(end)      # nobody else has written meanwhile, without locks
+            raise OSError(f'Cannot write to {path}, which {"is as it was" if alone else "has a torn line now"}: {e.strerror}. The model is kept, so the same call only evaluates it again') from e
         return row
 
 # %% ../nbs/12_recipes.ipynb #255507b1
@@ -692,7 +728,12 @@ def _run(recipe, out, train, test, how, progress, stop_at):
     logits, targs = _logits(learn, how)
     if method.adjust: logits = method.adjust(logits, counts)
     return dict(key=recipe.key, recipe=recipe.row, changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                counts=counts.tolist(), train_crc=crc, **how.row, **_environment(how.device))
+                counts=counts.tolist(), train_crc=crc, **how.row, **_environment(how.device), **_under(saved, how))
+
+def _under(saved, how):
+    "What a row says if some of its training was done in another way, or by other versions, than what it says besides"
+    others = [h for h in saved.get('hows', ()) if h != how.said]
+    return {'also_under': others} if others else {}
 
 @contextmanager
 def _threads(n):
@@ -753,7 +794,7 @@ def run(
         ranks.first(lambda: _writable(out))
         if ranks.world > 1: ranks.first(lambda: _load(recipe, root, lists, pack, skip_missing) and None)   # one of them downloads, and fills the cache
         train, test = _load(recipe, root, lists, pack, skip_missing)
-        if row := ranks.first(lambda: _found(recipe, out, data_crc(train))): return row
+        if row := ranks.first(lambda: _found(recipe, out, data_crc(train))): _usable([row], (*SCORES, 'seconds')); return row
         with _threads(recipe.threads): row = {**_run(recipe, out, train, test, how, progress, stop_at), **_images(train, test)}
         return ranks.first(lambda: _append(out/'ledger.jsonl', row))
 
@@ -810,13 +851,22 @@ def _changed(r, second):
     "What a row changed of its preset, in the second stage or but for it"
     return ', '.join(f'{k}={v}' for k, v in r['changed'].items() if (k in _second) == second)
 
+def _number(v): return v is None or isinstance(v, (int, float)) and (abs(v) < 1e300 or v != v)
+
+def _usable(rows, scores=(), curves=(), recipe=('imbalance',)):
+    "Raise `ValueError` that names a row in which something that a table or figure needs is missing, or of another kind: `run` did not write it"
+    for r in rows:
+        k, counts = len(r.get('counts', ())) if curves else 0, ['counts'] if curves else []
+        odd = [s for s in scores if s not in r or not _number(r[s])] + [s for s in recipe if s not in r['recipe'] or not _number(r['recipe'][s])]
+        odd += [s for s in (*counts, *curves, *(['r'] if curves and 'r' in r else [])) if not isinstance(r.get(s), list) or len(r[s]) != k or not all(v is not None and _number(v) for v in r[s])]
+        if odd: raise ValueError(f'The row {r["key"]} has no {", ".join(odd)}, or of another kind: it was not written by this package')
+
 def summary(
     rows:list, # Rows of a ledger
 ) -> dict: # {(data, imbalance, preset and changes): {method: dict(n=seeds, seconds=, overall=(mean, se), ...)}}
     "Mean and standard error over seeds, by data set, imbalance, preset and method. Raises `ValueError` for a row that `run` did not write"
     groups, second = {}, {}
-    for r in rows:
-        if lacking := [k for k in (*SCORES, 'seconds') if not isinstance(r.get(k, ''), (int, float, type(None)))] + ['imbalance']*('imbalance' not in r['recipe']): raise ValueError(f'The row {r["key"]} has no {", ".join(lacking)}: `run` did not write it')
+    _usable(rows, (*SCORES, 'seconds'))
     for r in rows:                                                    # the settings of second stages, if they are the same in all rows of a data set and preset
         if r['recipe'].get('iters2'): second.setdefault((r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset']), set()).add(_changed(r, True))
     for r in {r['key']: r for r in rows}.values():                    # a recipe counts once, its last row
@@ -856,19 +906,21 @@ def format_table(
 # %% ../nbs/12_recipes.ipynb #b56e9dee
 def _by_method(rows):
     "Rows by method, and what they have in common; an error if that is not one set of runs"
+    _usable(rows, curves=('per_class', 'p_y'))
+    if len({str(r['counts']) for r in rows}) > 1: raise ValueError('These rows were trained on different numbers of images: one set a figure')
     by, same = {}, {(r['recipe']['data'], r['recipe']['imbalance'], r['recipe']['preset'], _changed(r, False)) for r in rows}
     for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
     odd = [m for m, rs in by.items() if len({_changed(r, True) for r in rs}) > 1]           # only methods with a second stage have its settings
     if len(same) != 1 or odd: raise ValueError(f'One data set, imbalance, preset and set of changes a figure; got {sorted(map(str, same)) if len(same) != 1 else f"several second stages of {odd}"}')
     n = max(map(len, by.values()))
-    mean = lambda k: {METHODS[m].title: torch.tensor([r[k] for r in by[m]]).mean(0) for m in METHODS if m in by and k in by[m][0]}
+    mean = lambda k: {METHODS[m].title if m in METHODS else m: torch.tensor([r[k] for r in by[m]]).mean(0) for m in [*(m for m in METHODS if m in by), *(m for m in by if m not in METHODS)] if k in by[m][0]}
     data, imbalance, preset, changed = same.pop()
     return mean, _title(data, imbalance, preset + (f' ({changed})' if changed else '')) + f', mean over {n} seed' + 's'*(n > 1)
 
 def _finish(fig, title, path):
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
-    if path: fig.savefig(path); plt.close(fig)
+    if path: _write(Path(path), lambda f: fig.savefig(f, format=Path(path).suffix[1:] or None)); plt.close(fig)
     return fig
 
 def plot_runs(

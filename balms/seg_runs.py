@@ -22,7 +22,7 @@ from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
 from .models import _tensors
-from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _writable
+from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _under, _usable, _writable
 from .meta import _average
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
@@ -192,6 +192,7 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     meta_dl = instance_dls(train, bs=how.ranks.share(recipe.meta_bs, 'meta_bs'), num_workers=how.workers or 0, seed=recipe.seed + 1, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world).train if recipe.meta_bs else None
     cbs = ([RoIReweighter(recipe.meta_lr, meta_dl=meta_dl)] if m.meta else []) + _ranks_cbs(how)
     done = _fit(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
+    done['hows'] = [h for h in saved.get('hows', ()) if h not in done.get('hows', ())] + done.get('hows', [])
     return second, done, saved['seconds'] + done['seconds']
 
 def _evaluate(learn, valid, how, precision='float32'):
@@ -236,7 +237,7 @@ def run_instance_seg(
             return row
         learn, saved, seconds = _stages(recipe, out, train, valid, crc, how, progress=progress, stop_at=stop_at)
         row = dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **_evaluate(learn, valid, how, recipe.precision), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, valid_crc=valid_crc, processes=ranks.world, **_environment(device))
+                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, valid_crc=valid_crc, processes=ranks.world, **_environment(device), **_under(saved, how))
         return ranks.first(lambda: _append(out/'ledger.jsonl', row) or row)
 
 # %% ../nbs/14a_seg_runs.ipynb #6573be2a
@@ -317,6 +318,7 @@ def seg_table(
     "The rows as the paper's Table 4: means over seeds, a slash, and the paper's where data and preset are the paper's; *missing* where there is no run"
     beside = (data, preset) == ('lvis_v0.5', 'paper') and not changed
     rows = [r for r in rows if (r['recipe']['data'], r['recipe']['preset']) == (data, preset) and (changed or not r['changed'])]
+    _usable(rows, _SCORES, recipe=())
     out = ['| Method | ' + ' | '.join(_SCORES.values()) + ' | seeds |', '|---|' + '---|'*(len(_SCORES) + 1)]
     for name, m in SEG_METHODS.items():
         by = {}

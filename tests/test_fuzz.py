@@ -1,10 +1,10 @@
 "Files from outside, changed at random and on purpose: an error that names the file, never a crash, a hang, an endless allocation or a silent wrong answer; no code in them runs, no path leads out of its folder."
-import ast, gzip, io, json, os, pickle, resource, subprocess, sys, time, zipfile, zlib
+import ast, gzip, io, json, os, pickle, resource, struct, subprocess, sys, time, zipfile, zlib
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from PIL import Image
-from fuzz import KINDS
+from fuzz import KINDS, _same
 import balms
 from balms.image_lists import ImageListDataset, PackedDataset, check_lists, load_lists, pack_images, read_list, sample_tree
 from balms.models import get_model, load_weights
@@ -168,15 +168,81 @@ def test_a_record_that_is_shorter_than_its_tensor(tmp_path):
     with pytest.raises(ValueError, match=r'w\.pth is not a file of weights'): load_weights(get_model('small_cnn', 10, 1), tmp_path/'w.pth')
 
 
-def test_the_check_of_records_takes_what_torch_saves(tmp_path):
-    "It runs with older releases of torch alone, and is tried here with any: views, one storage twice, all types, nothing at all"
-    from balms.models import _check_records
+@pytest.mark.parametrize('new', (True, False), ids=('zip', 'old'))
+def test_what_torch_saves_is_loaded(tmp_path, new):
+    "In both formats, to the bit: views, one storage twice, all types, nothing at all, plain values; and its storages are counted right, which for zip files is of use with older releases of torch alone"
+    from balms.models import _storages, _tensors
     x = torch.arange(10.)
-    for i, o in enumerate(({}, {'a': x, 'b': x[2:5], 'c': x.view(2, 5).t()}, [torch.zeros(3, dtype=d) for d in (torch.uint8, torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64)], {'e': torch.empty(0)}, {'p': torch.nn.Parameter(x)})):
-        torch.save(o, f := tmp_path/f'{i}.pth')
-        with zipfile.ZipFile(f) as z: _check_records(z)
-    bad = zipped(tmp_path/'1.pth', tmp_path/'bad.pth', lambda n, d: d[:8] if n.endswith('/data/0') else d)
-    with zipfile.ZipFile(bad) as z, pytest.raises(ValueError, match='record 0 has 8 bytes in place of 40'): _check_records(z)
+    for o in ({}, {'a': x, 'b': x[2:5], 'c': x.view(2, 5).t()}, [torch.ones(3, dtype=d) for d in (torch.uint8, torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64)], {'e': torch.empty(0)}, {'p': torch.nn.Parameter(x)},
+              {'s': torch.Size([3]), 'd': torch.float32, 'n': [1, 2.5, None, True, 'x', 2**70, (1,)]}, get_model('small_cnn', 10, 1).state_dict()):
+        torch.save(o, f := tmp_path/'w.pth', _use_new_zipfile_serialization=new)
+        assert _same(_tensors(f), o)
+    if new:
+        with zipfile.ZipFile(f) as z: assert {k: len(z.read(f'w/data/{k}')) for k in _storages(z.read('w/data.pkl'))} == _storages(z.read('w/data.pkl'))
+
+
+def hidden(dst, shown, real):
+    "A zip file in which Python finds `shown` and torch's reader `real`, both [(name, bytes)]: the offset of the directory in its last record is that of another one"
+    def parts(members, base):
+        out, cd = b'', []
+        for n, d in members:
+            head = struct.pack('<5H3L2H', 20, 0, 0, 0, 0, zlib.crc32(d), len(d), len(d), len(n), 0)
+            cd.append(struct.pack('<4sH', b'PK\1\2', 20) + head + struct.pack('<3H2L', 0, 0, 0, 0, base + len(out)) + n.encode())
+            out += b'PK\3\4' + head + n.encode() + d
+        return out, cd
+    a, cd = parts(real, 0)
+    a += b'\0'*max(0, sum(len(n) + len(d) + 40 for n, d in shown) + 2000 - len(a))             # room for offsets to be positive
+    at, size = len(a), sum(map(len, cd))
+    b, _ = parts(shown, at + size)
+    _, cdb = parts(shown, at + size - (at + size + len(b) - at))                                 # Python adds the difference of the directories
+    dst.write_bytes(a + b''.join(cd) + b + b''.join(cdb) + struct.pack('<4s4H2LH', b'PK\5\6', 0, 0, len(cdb), len(cdb), size, at, 0))
+    return dst
+
+
+def test_torch_is_given_what_was_checked(tmp_path):
+    "A file with two directories, of which Python's reader and torch's take one each: loaded is the one whose checksums and lengths were compared. A member twice is refused"
+    from balms.models import _tensors
+    for name, w in (('good', 1.), ('evil', 2.)): torch.save({'w': torch.full((100,), w)}, tmp_path/f'{name}.pth')
+    def members(name):
+        with zipfile.ZipFile(tmp_path/f'{name}.pth') as z: return [(i.filename.replace('evil/', 'good/'), z.read(i)) for i in z.infolist()]
+    f = hidden(tmp_path/'two.pth', members('good'), members('evil'))
+    with zipfile.ZipFile(f) as z: assert dict(members('good')) == {n: z.read(n) for n in z.namelist()}
+    assert (torch.load(f, weights_only=True)['w'] == 2).all()                                   # torch alone finds the other
+    assert (_tensors(f)['w'] == 1).all()
+    with zipfile.ZipFile(tmp_path/'good.pth', 'a') as z, pytest.warns(UserWarning): z.writestr('good/data/0', b'\0'*400)
+    with pytest.raises(ValueError, match=r'good\.pth is not a file of weights.*a member twice'): _tensors(tmp_path/'good.pth')
+
+
+class Call:
+    "Pickled as a call"
+    def __init__(self, *call): self.call = call
+    def __reduce__(self): return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize('new', (True, False), ids=('zip', 'old'))
+def test_names_that_ask_for_memory_are_refused(tmp_path, new):
+    "torch.load alone would make these, also with weights_only=True: an endless array, a set of it, and one of whatever memory holds"
+    from balms.models import _tensors
+    for what in (Call(bytearray, 2**40), Call(set, Call(bytearray, 2**33)), Call(torch.Tensor, 10, 64), Call(torch.FloatTensor, 10)):
+        torch.save({'w': what}, f := tmp_path/'w.pth', _use_new_zipfile_serialization=new)
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*it holds (__builtin__|builtins|torch)'): _tensors(f)
+        assert time.monotonic() - began < 5
+    torch.save({'module.'*100_000 + 'w': torch.ones(1)}, f, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match=r'w\.pth has the weights of another network'): load_weights(get_model('small_cnn', 10, 1), f)
+    torch.save({0: torch.ones(1)}, f, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match=r'w\.pth holds no weights'): load_weights(get_model('small_cnn', 10, 1), f)
+
+
+def test_old_weights_whose_storages_are_not_there(tmp_path):
+    "In the format from before 2020 a tensor of a storage that is not listed would have what memory holds"
+    from balms.models import _tensors
+    torch.save({'w': torch.ones(10)}, f := tmp_path/'w.pth', _use_new_zipfile_serialization=False)
+    data = f.read_bytes()
+    keys = data.rindex(b'\x80\x02]')                                                            # the list of storages, the last pickle
+    for bad in (data[:keys] + b'\x80\x02].', data[:-4], data + b'\0'*4):
+        f.write_bytes(bad)
+        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*other storages'): _tensors(f)
 
 
 def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path):
@@ -195,7 +261,7 @@ def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path):
 def test_published_weights_execute_nothing(tmp_path, monkeypatch):
     "A file that someone has put where torchvision keeps its downloads; torch's setting is as it was before"
     from torchvision.models import ResNet18_Weights, resnet18
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path)); monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0'); monkeypatch.delenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', raising=False)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path)); monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False); monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     f = tmp_path/'hub/checkpoints'/ResNet18_Weights.DEFAULT.url.split('/')[-1]
     f.parent.mkdir(parents=True)
     net = resnet18()
@@ -203,8 +269,8 @@ def test_published_weights_execute_nothing(tmp_path, monkeypatch):
     got = get_model('resnet18', 7, weights='DEFAULT').eval()
     assert got.fc.out_features == 7 and torch.equal(got.body.conv1.weight, net.conv1.weight)
     torch.save({**net.state_dict(), 'x': Evil(tmp_path/'executed')}, f)
-    with pytest.raises(pickle.UnpicklingError): get_model('resnet18', 7, weights='DEFAULT')
-    assert not (tmp_path/'executed').exists() and os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '0'
+    with pytest.raises(ValueError, match='The published weights DEFAULT of resnet18 are there, but damaged or not weights'): get_model('resnet18', 7, weights='DEFAULT')
+    assert not (tmp_path/'executed').exists() and 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ and os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
 
 
 def measured(code, *args):

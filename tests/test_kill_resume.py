@@ -1,5 +1,5 @@
 "Runs ended by SIGKILL at any moment go on and end as if nothing had been, bit for bit; the same recipe gives the same bits in any process; what is damaged or foreign is named and refused."
-import json, os, random, re, shutil, subprocess, sys, time
+import json, math, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from balms.recipes import METHODS, Recipe, read_ledger, run
@@ -65,6 +65,7 @@ def test_every_method_killed_and_resumed(whole, tmp_path):
     ends = lives([(short(m), tmp_path, [['step', 3, 0], ['half', 2, 0]]) for m in METHODS], hashes=2)
     trained = {m for m, e in ends if e}
     assert trained >= {m for m, v in METHODS.items() if v.loss}
+    for m in trained: assert {e['stage'] for k, e in ends if k == m and e} == {short(m).key}, m      # in its second stage, where it has one: another has trained the first
     for m in METHODS: assert_same(whole, tmp_path, short(m))
 
 
@@ -114,12 +115,88 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypa
     assert not read_ledger(tmp_path/'c'/'ledger.jsonl') and not (tmp_path/'executed').exists()
 
 
+def test_a_file_that_cannot_be_read_now_is_not_called_bad(tmp_path, monkeypatch):
+    "On a network drive that is away, or without memory: nothing is moved aside, nobody is told to delete it"
+    r = Recipe(method='bs', iters=12, bs=32)
+    path = stopped(tmp_path, r)
+    read = Path.read_bytes
+    for error in (OSError(5, 'Input/output error'), OSError(116, 'Stale file handle'), MemoryError()):
+        def fails(self): 
+            if self.name == 'checkpoint.pt': raise error
+            return read(self)
+        monkeypatch.setattr(Path, 'read_bytes', fails)
+        with pytest.raises(type(error), match='' if isinstance(error, MemoryError) else r'it is not known whether this file is good.*checkpoint\.pt'): run(r, tmp_path, device='cpu')
+        assert sorted(p.name for p in path.parent.iterdir()) == ['checkpoint.old', 'checkpoint.pt']
+    monkeypatch.setattr(Path, 'read_bytes', read)
+    run(r, tmp_path, device='cpu'); run(r, tmp_path/'a', device='cpu')
+    assert_same(tmp_path/'a', tmp_path, r)
+
+
+ODD = dict(step=-5, steps=10**6, seconds=math.nan, text='x', about=torch.ones(3), model={'x': torch.ones(1)}, opt={'state': {}}, rng=torch.ones(3), data=dict(pos=-5, perm=None, gen=torch.get_rng_state()), order=dict(pos=3, perm=torch.zeros(2, dtype=torch.long), gen=torch.get_rng_state()))
+
+
+@pytest.mark.parametrize('what', ODD)
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, what):
+    "Made with right checksums and other contents: an error with its name, at once"
+    r = Recipe(method='bs', iters=12, bs=32)
+    path = stopped(tmp_path, r)
+    path.with_suffix('.old').unlink()
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, dict(steps='step', text='seconds', order='data').get(what, what): ODD[what]}, path)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r'checkpoint\.pt (is no checkpoint of this package|does not fit this run|is of step)'): run(r, tmp_path, device='cpu')
+    assert time.monotonic() - began < 20 and not read_ledger(tmp_path/'ledger.jsonl')
+
+
+def test_checkpoints_are_forced_to_the_disk(tmp_path, monkeypatch):
+    "The file before it gets its name, and the folder after"
+    told, fsync, replace = [], os.fsync, os.replace
+    def name(fd): return Path(os.readlink(f'/proc/self/fd/{fd}'))
+    monkeypatch.setattr(os, 'fsync', lambda fd: told.append(('fsync', name(fd).suffix or 'folder')) or fsync(fd))
+    monkeypatch.setattr(os, 'replace', lambda a, b: replace(a, b) or told.append(('replace', Path(a).suffix, Path(b).suffix)))
+    from balms.recipes import _save
+    for _ in range(2): _save(tmp_path/'checkpoint.pt', dict(a=torch.ones(1)))
+    assert told == [('fsync', '.tmp'), ('replace', '.tmp', '.pt'), ('fsync', 'folder'), ('fsync', '.tmp'), ('replace', '.pt', '.old'), ('replace', '.tmp', '.pt'), ('fsync', 'folder')]
+
+
+def test_a_run_that_goes_on_in_another_way_says_so(tmp_path):
+    "A warning, and in the row how the other part was done"
+    r = Recipe(method='bs', iters=12, bs=32)
+    stopped(tmp_path, r)
+    with pytest.warns(UserWarning, match=r'checkpoint\.pt was begun in another way: micro_bs None, now 8\.'): row = run(r, tmp_path, device='cpu', micro_bs=8)
+    (other,) = row['also_under']
+    assert row['micro_bs'] == 8 and 'micro_bs' not in other and other['threads'] == row['threads'] and other['torch'] == row['torch']
+    assert 'also_under' not in run(Recipe(method='bs', iters=12, bs=32, seed=1), tmp_path, device='cpu')
+    balms = run(Recipe(method='posthoc', iters=12, bs=32), tmp_path, device='cpu')
+    assert 'also_under' not in balms
+
+
+@pytest.mark.parametrize('stage', (1, 2))
+def test_stopped_between_the_last_step_and_the_model(tmp_path, stage):
+    "Ctrl-C after training is over and before its model is saved: the model is saved, and the run says that it was stopped"
+    import signal
+    import balms.recipes as m
+    r, n = Recipe(method='balms', iters=6, iters2=5, bs=32), [0]
+    finite = m._finite
+    def stop(*args):
+        n[0] += 1
+        if n[0] == stage: os.kill(os.getpid(), signal.SIGINT)
+        finite(*args)
+    m._finite = stop
+    try:
+        with pytest.raises(m.Interrupted, match=f'Stopped after step {(6, 5)[stage - 1]} of'): run(r, tmp_path, device='cpu')
+    finally: m._finite = finite
+    assert (tmp_path/(r.first, r)[stage - 1].key/'model.pt').exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(r, tmp_path, device='cpu'); run(r, tmp_path/'a', device='cpu')
+    assert_same(tmp_path/'a', tmp_path, r)
+
+
 def test_a_bad_model_is_named(tmp_path):
     "Of stage 1, when stage 2 wants to begin from it"
     r = Recipe(method='bs_dt', iters=6, iters2=5, bs=32)
     run(r.first, tmp_path, device='cpu')
     a_bit(tmp_path/r.first.key/'model.pt')
-    with pytest.raises(ValueError, match=r'model\.pt .*another checksum'): run(r, tmp_path, device='cpu')
+    with pytest.raises(ValueError, match=r'model\.pt .*Bad CRC-32'): run(r, tmp_path, device='cpu')
 
 
 def test_two_processes_in_one_folder(tmp_path):
