@@ -203,3 +203,15 @@ def test_one_and_two_stages_in_one_table_and_figure(tmp_path):
     r = call('balms_train', '--method', 'softmax', 'bs_dt', 'balms', '--seeds', 1, '--iters', 20, '--iters2', 10, '--views', 1, '--device', 'cpu', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert r.stdout.count('preset small') == 1 and 'BALMS' in r.stdout and len(list((tmp_path/'runs').glob('*.png'))) == 1
+
+
+@linux
+def test_a_disk_that_is_full_at_the_figure(tmp_path):
+    "The table is printed, the error is one line that names the figure, and the figure that was there is as it was"
+    args = ('--method', 'softmax', 'bs', '--seeds', 1, '--iters', 20, '--device', 'cpu')
+    assert call('balms_train', *args, cwd=tmp_path).returncode == 0
+    (figure,) = (tmp_path/'runs').glob('*.png')
+    before = figure.read_bytes()
+    r = subprocess.run(['bash', '-c', 'ulimit -f 8; exec "$0" "$@"', *command('balms_train', *args)], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert r.returncode == 2 and 'Balanced Softmax' in r.stdout and figure.name in r.stderr and 'File too large' in r.stderr and 'Traceback' not in r.stderr, (r.stdout, r.stderr)
+    assert figure.read_bytes() == before and sorted(p.suffix for p in (tmp_path/'runs').iterdir() if p.is_file()) == ['.jsonl', '.png']
