@@ -9,7 +9,9 @@ __all__ = ['LVIS_FACTS', 'GROUPS', 'outline_mask', 'digit_scenes', 'frequency_gr
 
 # %% ../nbs/07a_lvis_data.ipynb #66a5e945
 import argparse, json, math, os, pickle, sys, warnings
+from array import array
 from collections import Counter
+from contextlib import contextmanager
 from copy import copy
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -148,48 +150,150 @@ def _load(path):
     if not isinstance(d, dict) or not all(isinstance(d.get(kind), list) for kind in _NEEDS): raise ValueError(f'{path} is not an annotation file: it needs the lists {", ".join(_NEEDS)}')
     return d
 
+def _shown(s, n=100):
+    "A text in a message: not too long, and such that every terminal can print it"
+    return (s if len(s) <= n else s[:n] + '...').encode('utf-8', 'backslashreplace').decode()
+
+def _object_fault(o, needs):
+    "What is wrong with an image, a category or an annotation before its values are looked at, or None"
+    if not isinstance(o, dict): return f'it is {_shown(repr(o))}, not an object'
+    if not o.keys() >= needs: return f'no {", ".join(sorted(needs - o.keys()))}'
+    if type(o['id']) is not int: return 'its id is not a whole number'
+    if not -2**63 <= o['id'] < 2**63: return 'its id has more than 64 bits'
+
 def _faults(d):
     "What is wrong with an annotation file, one line each"
     out, ids = [], {}
     for kind, needs in _NEEDS.items():
         seen = ids[kind] = set()
         for i, o in enumerate(d[kind]):
-            name = f'{_ONE[kind]} {o["id"]!r}' if 'id' in o else f'{_ONE[kind]} at place {i}'
-            if lacks := needs - o.keys(): out.append(f'{name}: no {", ".join(sorted(lacks))}'); continue
-            if type(o['id']) is not int: out.append(f'{name}: its id is not a whole number'); continue
-            if o['id'] in seen: out.append(f'{name}: the id is given twice')
+            if fault := _object_fault(o, needs): out.append(f'{_ONE[kind]} {_shown(repr(o["id"])) if isinstance(o, dict) and "id" in o else f"at place {i}"}: {fault}'); continue
+            if o['id'] in seen: out.append(f'{_ONE[kind]} {o["id"]}: the id is given twice')
             seen.add(o['id'])
     if not d['categories']: out.append('there are no categories')
     return out or _faults_within(d, ids)
 
 # %% ../nbs/07a_lvis_data.ipynb #455aaf06
-def _faults_within(d, ids):
-    "What images say of categories, and annotations of both"
-    out, sizes, lvis = [], {}, any('neg_category_ids' in im for im in d['images'])
-    for im in d['images']:
-        size = sizes[im['id']] = [im['height'], im['width']]
-        if not all(isinstance(s, int) and s > 0 for s in size): out.append(f'image {im["id"]}: its size is {size}')
-        for f in ('neg_category_ids', 'not_exhaustive_category_ids') if lvis else ():
-            if f not in im: out.append(f'image {im["id"]}: no {f}, which other images have')
-            elif odd := sorted(set(im[f]) - ids['categories']): out.append(f'image {im["id"]}: {f} names the categories {odd}, which are not in the file')
-    for a in d['annotations']:
-        name, seg = f'annotation {a["id"]}', a['segmentation']
-        if a['image_id'] not in sizes: out.append(f'{name}: its image {a["image_id"]} is not in the file')
-        elif isinstance(seg, dict) and list(seg.get('size', [])) != sizes[a['image_id']]: out.append(f'{name}: run lengths for an image of {seg.get("size")}, but image {a["image_id"]} is {sizes[a["image_id"]]}')
-        elif not isinstance(seg, (dict, list)): out.append(f'{name}: its segmentation is neither polygons nor run lengths')
-        if a['category_id'] not in ids['categories']: out.append(f'{name}: its category {a["category_id"]} is not in the file')
-        if not _finite(a): out.append(f'{name}: box {a["bbox"]} or area {a["area"]} is not made of numbers')
-    return out
+def _among(x, ids):
+    "Whether `x` is one of `ids`; what cannot be one is none"
+    try: return type(x) is not bool and x in ids
+    except TypeError: return False
+
+def _number_list(xs): return isinstance(xs, list) and set(map(type, xs)) <= {int, float}
+
+def _sized(im): return all(type(im[k]) is int and 0 < im[k] < 2**16 for k in ('height', 'width'))
+
+def _image_faults(im, categories, there, lvis):
+    "What is wrong with an image; `there` are the categories that are annotated in it"
+    out = [] if _sized(im) else [f'its size is {_shown(str([im["height"], im["width"]]))}, and must be two whole numbers from 1 to 65535']
+    for f in ('neg_category_ids', 'not_exhaustive_category_ids'):
+        if f not in im: out += [f'no {f}, which other images have']*lvis; continue
+        if not _number_list(im[f]): out.append(f'{f} is {_shown(repr(im[f]))}, not a list of ids'); continue
+        if not categories.issuperset(im[f]): out.append(f'{f} names the categories {_shown(str([c for c in im[f] if c not in categories]))}, which are not in the file')
+        elif f[:3] == 'neg' and not there.isdisjoint(im[f]): out.append(f'{f} names the categories {_shown(str(sorted(there & set(im[f]))))}, which are annotated there')
+    for f in ('file_name', 'coco_url'):
+        if not isinstance(im.get(f), (str, type(None))): out.append(f'its {f} is {_shown(repr(im[f]))}, not a text')
+    return [f'image {im["id"]}: {o}' for o in out]
+
+# %% ../nbs/07a_lvis_data.ipynb #455aaf08
+def _value_faults(a, sizes, categories):
+    "What is wrong with the values of an annotation, its outline left aside"
+    out, box = [], f'box {_shown(repr(a["bbox"]))} or area {_shown(repr(a["area"]))}'
+    if not _among(a['image_id'], sizes): out.append(f'its image {_shown(repr(a["image_id"]))} is not in the file')
+    if not _among(a['category_id'], categories): out.append(f'its category {_shown(repr(a["category_id"]))} is not in the file')
+    if not _finite(a): out.append(f'{box} is not made of numbers')
+    elif not _positive(a): out.append(f'{box} is negative')
+    if not _is_flag(a.get('iscrowd', 0)): out.append(f'its iscrowd is {_shown(repr(a["iscrowd"]))}, not 0 or 1')
+    return [f'annotation {a["id"]}: {o}' for o in out]
 
 def _finite(a):
     "Whether box and area of an annotation are numbers"
     try: return len(a['bbox']) == 4 and math.isfinite(sum(a['bbox']) + a['area'])
-    except TypeError: return False
+    except (TypeError, OverflowError): return False
+
+def _positive(a): return a['bbox'][2] >= 0 <= a['bbox'][3] and a['area'] >= 0
+
+def _is_flag(x): return x == 0 or x == 1
+
+def _faults_within(d, ids):
+    "What images say of categories, and annotations of both"
+    sizes, there, cats, sound = {im['id']: [im['height'], im['width']] if _sized(im) else None for im in d['images']}, {}, ids['categories'], []
+    out = [f'category {c["id"]}: its frequency is {_shown(repr(c["frequency"]))}, not r, c or f' for c in d['categories'] if c.get('frequency', 'r') not in ('r', 'c', 'f')]
+    for a in d['annotations']:
+        i, c = a['image_id'], a['category_id']
+        if _among(i, sizes) and _among(c, cats) and _finite(a) and _positive(a) and _is_flag(a.get('iscrowd', 0)): there.setdefault(i, set()).add(c); sound.append(a)
+        else: out += _value_faults(a, sizes, cats)
+    lvis = any('neg_category_ids' in im for im in d['images'])
+    for im in d['images']: out += _image_faults(im, cats, there.get(im['id'], set()), lvis)
+    return out + _outline_faults([a for a in sound if sizes[a['image_id']]], sizes)
+
+# %% ../nbs/07a_lvis_data.ipynb #455aaf0a
+_LONGEST = 1_000_000                                                              # pixels along an outline: one takes 50 MB while it is drawn
+
+def _lengths(s):
+    "Run lengths of their compressed form, int64. Raises `ValueError` for what is none."
+    b = np.frombuffer(s.encode('latin-1'), np.uint8) - np.uint8(48)
+    last = (b < 32).nonzero()[0]                                                 # the characters at which a number ends
+    size = last.copy(); size[1:] -= last[:-1]; size[:1] += 1
+    if b.max() > 63 or b[-1] > 31 or size.max() > 7: raise ValueError('characters that are no run lengths')
+    n = (b[last].astype(np.int64) ^ 16) - 16                                     # with its sign
+    for k in range(1, size.max()): m = (size > k).nonzero()[0]; n[m] = 32*n[m] + (b[last[m] - k] & 31)
+    n[1::2].cumsum(out=n[1::2]); n[2::2].cumsum(out=n[2::2])
+    if n.max() >= 2**32: raise ValueError('run lengths of more than 32 bits')
+    return n
+
+def _lengths_fault(seg, size):
+    "What is wrong with run lengths for an image of `size`, or None; none at all are an instance without an outline"
+    if seg.get('size') != size or not set(map(type, seg['size'])) <= {int}: return f'run lengths for an image of {_shown(repr(seg.get("size")))}, but its image is {size}'
+    if not (counts := seg.get('counts')): return
+    if not isinstance(counts, (str, list)): return f'its counts are {_shown(repr(counts))}, neither a list nor a text'
+    try: n = _lengths(counts) if isinstance(counts, str) else counts
+    except ValueError: return 'its compressed counts are no run lengths'
+    least, total = (n.min(), n.sum()) if isinstance(counts, str) else (min(n), sum(n)) if set(map(type, n)) == {int} else (-1, 0)
+    if least < 0: return 'its counts are not whole numbers, 0 or more'
+    if total != size[0]*size[1]: return f'its counts are those of {_shown(str(total))} pixels, but its image has {size[0]*size[1]}'
+
+# %% ../nbs/07a_lvis_data.ipynb #455aaf0c
+def _polygon_faults(anns, sizes):
+    "What is wrong with the polygons of annotations"
+    out, xy, firsts, begins, kept = [], array('d'), [], [], []
+    for a in anns:
+        n, k = len(xy), len(firsts)
+        try:
+            for p in a['segmentation']:
+                firsts.append(len(xy)); xy.fromlist(p)
+                if len(xy) % 2: raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            out.append(f'annotation {a["id"]}: a polygon is not a list of numbers, x and y in turn'); del xy[n:], firsts[k:]; continue
+        if len(xy) > n: kept.append(a); begins.append(n)
+    if not kept: return out
+    wh = np.array([sizes[a['image_id']][::-1] for a in kept], np.float64)
+    low, high, length = _extents(np.frombuffer(xy).reshape(-1, 2), np.array(begins)//2, np.array(firsts)//2)
+    near = ((low >= -wh) & (high <= 2*wh)).all(1)                                   # nan is not
+    for i in np.flatnonzero(~near): out.append(f'annotation {kept[i]["id"]}: its polygons reach from {low[i].tolist()} to {high[i].tolist()}, out of an image of {wh[i, 0]:.0f} by {wh[i, 1]:.0f}')
+    for i in np.flatnonzero(near & (length > _LONGEST)): out.append(f'annotation {kept[i]["id"]}: its polygons are {length[i]:.3g} pixels long, and may have {_LONGEST:,}')
+    return out
+
+def _extents(xy, begins, firsts):
+    "(least x and y, greatest, pixels along the outline) of outlines that begin at places `begins` of `xy` (n, 2), with polygons that begin at `firsts`"
+    with np.errstate(invalid='ignore', over='ignore'):
+        step = np.abs(np.diff(xy, axis=0, prepend=xy[:1])).max(1); step[firsts[firsts < len(xy)]] = 0
+        return np.minimum.reduceat(xy, begins), np.maximum.reduceat(xy, begins), np.add.reduceat(step, begins)
+
+def _outline_faults(anns, sizes):
+    "What is wrong with the outlines of annotations"
+    out = []
+    for i in range(0, len(anns), 4096): out += _polygon_faults([a for a in anns[i:i + 4096] if isinstance(a['segmentation'], list)], sizes)
+    for a in anns:
+        if isinstance(seg := a['segmentation'], dict): fault = _lengths_fault(seg, sizes[a['image_id']])
+        else: fault = None if isinstance(seg, list) else 'its segmentation is neither polygons nor run lengths'
+        if fault: out.append(f'annotation {a["id"]}: {fault}')
+    return out
 
 # %% ../nbs/07a_lvis_data.ipynb #e68e5cd7
 def _file_names(im):
     "Under which names the photo of an image may be found, the best first"
-    file, url = im.get('file_name', ''), im.get('coco_url', '')
+    file, url = im.get('file_name') or '', im.get('coco_url') or ''
     names = [file, '/'.join(url.split('/')[-2:]), os.path.basename(file), os.path.basename(url), os.path.basename(file).rpartition('_')[2] if file.startswith('COCO_') else '', f'{im["id"]:012}.jpg']
     return [n for n in names if n]
 
@@ -207,7 +311,7 @@ def _find_photos(images, folders):
         found = next((paths[n] for n in tried if n in paths), None)
         same = next((names[n] for n in tried if n in names), []) if found is None else []
         if len(same) > 1: problems.append(f'image {im["id"]}: several photos {os.path.basename(same[0])}: {same[0]}, {same[1]}')
-        elif not (found or same): problems.append(f'image {im["id"]}: no photo {tried[0]}')
+        elif not (found or same): problems.append(f'image {im["id"]}: no photo {_shown(tried[0], 300)}')
         out.append(found or (same[0] if len(same) == 1 else None))
     return out, problems
 
@@ -253,12 +357,12 @@ class Annotations:
 @patch
 def _take(self:Annotations, anns):
     "Keep the annotations as arrays, ordered by image: worker processes share them"
-    at = {int(i): j for j, i in enumerate(self.image_ids)}
+    at = {i: j for j, i in enumerate(self.image_ids.tolist())}
     where = np.array([at[a['image_id']] for a in anns], dtype=np.int64)
     order = np.argsort(where, kind='stable'); anns = [anns[i] for i in order]
     self.image_of, self.labels = torch.from_numpy(where[order]), torch.tensor([self.label_of[a['category_id']] for a in anns], dtype=torch.long)
     self.starts = torch.searchsorted(self.image_of, torch.arange(len(self) + 1))
-    self.boxes, self.areas = torch.tensor([a['bbox'] for a in anns], dtype=torch.float64).view(-1, 4), torch.tensor([a['area'] for a in anns], dtype=torch.float64)
+    self.boxes, self.areas = (torch.from_numpy(np.array([a[k] for a in anns], np.float64)) for k in ('bbox', 'area')); self.boxes = self.boxes.view(-1, 4)
     self.crowd = torch.tensor([bool(a.get('iscrowd', 0)) for a in anns], dtype=torch.bool)
     self.outlines = _Packed(a['segmentation'] for a in anns)
     outlined = torch.tensor([bool(a['segmentation'].get('counts') if isinstance(a['segmentation'], dict) else _polygons(a['segmentation'])) for a in anns], dtype=torch.bool)
@@ -287,6 +391,15 @@ def not_exhaustive(self:Annotations, i:int) -> list:
     return sorted({*self.labels[r[self.crowd[r]]].tolist(), *(self.label_of[c] for c in self.images[i].get('not_exhaustive_category_ids', ()))})
 
 # %% ../nbs/07a_lvis_data.ipynb #c0ce8823
+@contextmanager
+def _named(path):
+    "Errors that were not foreseen name the annotation file"
+    try: yield
+    except (OSError, ImportError, MemoryError, Warning): raise
+    except Exception as e:
+        if isinstance(e, ValueError) and str(path) in str(e): raise
+        raise ValueError(f'{path} is not as LVIS or COCO write it ({type(e).__name__}: {_shown(str(e))})') from e
+
 def _checked(d, path, images, skip_missing):
     "`Annotations` of what is in a file, or an error with all that is wrong with it"
     files, skipped = None, []
@@ -310,8 +423,7 @@ def read_annotations(
 ) -> Annotations:
     "Read an annotation file. Raises `ValueError` with the ids of all that is wrong with it, `FileNotFoundError` for photos that are missing."
     d, path = _load(path), Path(path).expanduser()
-    try: return _checked(d, path, images, skip_missing)
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, OverflowError) as e: raise ValueError(f'{path} is not as LVIS or COCO write it ({type(e).__name__}: {e})') from e
+    with _named(path): return _checked(d, path, images, skip_missing)
 
 # %% ../nbs/07a_lvis_data.ipynb #b73e716a
 class InstanceDataset(Dataset):
@@ -664,8 +776,15 @@ def check_annotations(
 ) -> ListReport:
     "Check an annotation file before any training. What is wrong is in the report; raises only if there is no file to check."
     if version is not None and version not in LVIS_FACTS: raise ValueError(f'Unknown version {version!r}: choose from {", ".join(LVIS_FACTS)}')
-    d, name = _load(path), Path(path).name
-    if problems := _faults(d): return ListReport(name, [f'{name}: not looked at further'], problems)
+    name, d = _shown(Path(path).name, 255), _load(path)
+    try:
+        with _named(path): lines, problems = ([f'{name}: not looked at further'], problems) if (problems := _faults(d)) else _findings(d, path, images, version, train, decode, num_workers)
+    except ValueError as e: lines, problems = [f'{name}: not looked at further'], [str(e)]
+    return ListReport(name, *([_shown(s, 1000) for s in ss] for ss in (lines, problems)))
+
+def _findings(d, path, images, version, train, decode, num_workers):
+    "(what was checked, what is wrong) of a file without faults"
+    name = Path(path).name
     files, problems = (None, []) if images is None else _find_photos(d['images'], images)
     a = Annotations(d, path, None if files is None else [f or '' for f in files])
     left = InstanceDataset(a).dropped if files is not None and a.usable.any() else a.dropped
@@ -675,8 +794,9 @@ def check_annotations(
     problems += [f'annotation without an outline: {n}'] if (n := a.dropped['outline']) else []
     lines.append('photos: no folder was given, so they were not looked for' if files is None else f'photos: {sum(map(bool, files)):,} of {len(files):,} found')
     if decode and files is not None: problems += _decode_all(a, files, num_workers); lines[-1] += ', all of them decoded, with their masks'
-    return ListReport(name, lines, problems)
+    return lines, problems
 
+# %% ../nbs/07a_lvis_data.ipynb #c16536cf
 def _differences(a, version, train):
     "(what, have, want) where counts are not those of `LVIS_FACTS`"
     if version is None: return []

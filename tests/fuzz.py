@@ -166,16 +166,21 @@ def pack(d):
 
 
 def annotations(d):
-    "An annotation file is read whole, and its images and masks are there, or what is wrong is said"
-    from balms.lvis import InstanceDataset, digit_scenes, read_annotations
+    "An annotation file, run lengths and polygons in turn, is read whole, and its images and masks are there, and AP is measured, or what is wrong is said"
+    from balms.lvis import InstanceAP, InstanceDataset, digit_scenes, read_annotations
     path = digit_scenes(d, n=4, n_valid=2, size=24, imbalance=3)/'digits_train.json'
+    file = json.loads(path.read_bytes())
+    for a in file['annotations'][::2]: x, y, w, h = a['bbox']; a['segmentation'] = [[x, y, x + w, y, x + w, y + h/2], [x, y, x + w, y + h/2, x + w, y + h, x, y + h]]
+    path.write_text(json.dumps(file))
     def check():
         anns = read_annotations(path, d/'train')
         assert len(anns) and int(anns.instance_counts.sum()) >= 0 and (anns.instance_counts >= 0).all()
-        ds = InstanceDataset(anns, train=False)
+        ds, ap = InstanceDataset(anns, train=False), InstanceAP(anns)
         for i in range(len(ds)):
             x, t = ds[i]
-            assert t['boxes'].isfinite().all() and t['masks'].shape[-2:] == x.shape[-2:] and ((1 <= t['labels']) & (t['labels'] <= anns.c)).all()
+            ap.add([dict(boxes=t['boxes'].as_subclass(torch.Tensor), labels=t['labels'], scores=torch.ones(len(t['labels'])), masks=t['masks'].as_subclass(torch.Tensor)[:, None].float())], [t['image_id']])
+            assert t['boxes'].isfinite().all() and t['masks'].shape[-2:] == x.shape[-2:] and ((1 <= t['labels']) & (t['labels'] <= anns.c)).all() and (t['boxes'][:, :2] <= t['boxes'][:, 2:]).all()
+        assert all(v != v or 0 <= v <= 1 for v in ap.compute().values())
     return path, path.read_bytes(), check
 
 
@@ -189,7 +194,7 @@ def values(data, rng, other):
             if not keys: break
             k = rng.choice(keys)
             if not isinstance(at[k], (dict, list)) or rng.random() < .2:
-                at[k] = rng.choice((None, -1, 0, 2**31, 2**63, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '../../etc/passwd', [], {}, [[]], [0]*7, True, {'size': [2**20, 2**20], 'counts': [2**40]}, {'size': [24, 24], 'counts': 'zzzz'}, at[k]*1000 if isinstance(at[k], (str, list)) else 3.7)); break
+                at[k] = rng.choice((None, -1, 0, 2**31, 2**63, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '../../etc/passwd', [], {}, [[]], [0]*7, True, {'size': [2**20, 2**20], 'counts': [2**40]}, {'size': [24, 24], 'counts': 'zzzz'}, {'size': [24, 24], 'counts': [577]}, [[0, 0, 1e7, 0, 1e7, 1e7, 0, 1e7]], [[0, 0, float('nan'), 5, 5, 5]], [['a']*6], '0', at[k]*1000 if isinstance(at[k], (str, list)) else 3.7)); break
             at = at[k]
         if rng.random() < .1 and isinstance(at, dict) and at: del at[rng.choice(list(at))]
     return json.dumps(d).encode()

@@ -1,5 +1,5 @@
 "LVIS and COCO: the published counts and samples where they are at hand, another evaluator, bad files, workers, the command."
-import importlib.util, json, os, pickle, subprocess, sys, types
+import importlib.util, json, os, pickle, re, subprocess, sys, types
 from pathlib import Path
 import numpy as np, pytest, torch
 pytest.importorskip('faster_coco_eval')
@@ -157,6 +157,125 @@ def test_another_evaluator(root, monkeypatch):
     (lambda d: d.pop('images'), 'it needs the lists')])
 def test_bad_files_are_refused_by_name(root, tmp_path, change, what):
     with pytest.raises(ValueError, match=what): read_annotations(changed(root, tmp_path, change))
+
+
+def small(path, seg=((1, 1, 6, 1, 6, 6, 1, 6),), image={}, category={}, **annotation):
+    "A file of one image of 10 by 20 with one instance, and its photo beside it"
+    from PIL import Image
+    Image.new('RGB', (20, 10)).save(path/'1.png')
+    (path/'s.json').write_text(json.dumps(dict(images=[dict(id=1, height=10, width=20, file_name='1.png') | image], categories=[dict(id=j, name='ab'[j - 1]) | category for j in (1, 2)],
+                                               annotations=[dict(id=7, image_id=1, category_id=1, bbox=[1, 1, 5, 5], area=25., segmentation=seg) | annotation])))
+    return path/'s.json'
+
+
+FAR = [[[0, 0, v, 0, v, v, 0, v]] for v in (1e5, 1e7, 1e9, 1e18, 1e308, 10**400, float('inf'), float('nan'), -1e9)] + [[[0, 0, 2**70, 0, 5, 5]], [[0, 0, 61, 0, 5, 5]], [[0, 0, 5, -11, 5, 5]], [[-19, -9, 39, 19]*10**5]]
+ODD = [['a']], [['a']*6], ['abcdef'], [{'a': 1}], [5], [None], [[[0, 0], [5, 0], [5, 5]]], [[0, 0, 5, 0, 5, 5, 1]]
+LENGTHS = 'zzzz', 'PPPP'*5, '\x7f'*50, 'o'*1000, 'é', '\ud800', '0', '1'*100000, 'nnnnnnnnnnnnnn0', 'PPPPPP8'*65536, 5, True, {'a': 1}, [300], [2**32 + 200], [200, 2**31], [-5, 205], [100]*100, [1.5, 198.5], ['a'], [None], [True]*200, [[100, 100]], [0], [10**30]
+
+
+def test_outlines_are_checked_when_they_are_read(tmp_path):
+    "Polygons far away, and what is no polygon; run lengths that are not those of the image: by name, with and without photos, and in the check"
+    for what, segs in (('its polygons (reach|are)|a polygon is not', FAR), ('a polygon is not a list of numbers', ODD), ('(its|compressed) counts are', [dict(size=[10, 20], counts=c) for c in LENGTHS]),
+                       ('run lengths for an image of', [dict(size=s, counts=[200]) for s in ([20, 10], [10., 20.], '10', 5, None, [[10], [20]])]), ('neither polygons', [None, 5, 'abc'])):
+        for seg in segs:
+            path = small(tmp_path, seg)
+            for images in (None, tmp_path):
+                with pytest.raises(ValueError, match=rf's\.json\nannotation 7: .*({what})'): read_annotations(path, images)
+            assert len((r := check_annotations(path)).problems) == 1 and r.problems[0].startswith('annotation 7: ') and len(str(r)) < 1000
+    for seg, area in (([[-3, -2, 22, -2, 22, 12, -3, 12]], 200), ([[0, 0], [1, 1, 6, 1, 6, 6, 1, 6]], 25), (dict(size=[10, 20], counts=[0, 200]), 200), (dict(size=[10, 20], counts=[50, 30, 120, 0]), 30)):
+        assert InstanceDataset(read_annotations(small(tmp_path, seg), tmp_path))[0][1]['masks'].sum() == area
+    assert InstanceDataset(read_annotations(small(tmp_path, [[1, 1]]), tmp_path), train=False).dropped['outline'] == 1
+
+
+@pytest.mark.parametrize('what', ['lengths', 'far', 'long'])
+def test_outlines_cost_little(tmp_path, what):
+    "In a process of its own, with AP after reading: less than 300 MiB and 20 seconds, where it was gigabytes or did not end"
+    seg = dict(lengths=dict(size=[10, 20], counts='zzzz'), far=[[0, 0, 1e7, 0, 1e7, 1e7, 0, 1e7]], long=[[-19, -9, 39, 19]*10**5])[what]
+    code = f'''
+import resource, sys, time, torch
+from balms.lvis import *
+unit = 2**10 if sys.platform == 'linux' else 2**20
+begin, before = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    a = read_annotations({str(small(tmp_path, seg))!r}, {str(tmp_path)!r}); InstanceDataset(a)[0]; ap = InstanceAP(a)
+    ap.add([dict(boxes=torch.tensor([[1., 1, 6, 6]]), labels=torch.tensor([1]), scores=torch.tensor([.9]), masks=torch.ones(1, 1, 10, 20))], [1]); print(ap.compute())
+except ValueError as e: print(e)
+print('cost', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)//unit, time.time() - begin)'''
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    mib, seconds = map(float, r.stdout.rsplit('cost ', 1)[1].split())
+    assert 's.json\nannotation 7: ' in r.stdout and mib < 300 and seconds < 20, r
+
+
+def test_compressed_lengths():
+    "As faster-coco-eval reads them, whatever the mask; what is cut off or has other characters is refused, or is another mask"
+    from balms.lvis import _coco, _lengths
+    mask, rng = _coco()[2], np.random.default_rng(0)
+    for i in range(300):
+        h, w = rng.integers(1, 400, 2)
+        m = np.asfortranarray(np.kron(rng.random((h//9 + 1, w//9 + 1)) < rng.random(), np.ones((9, 9)))[:h, :w], dtype=np.uint8)
+        s = mask.encode(m)['counts'].decode(); n = _lengths(s)
+        assert (n >= 0).all() and n.sum() == h*w and np.array_equal(np.repeat(np.arange(len(n)) % 2, n), m.T.ravel())
+        assert mask.frPyObjects(dict(size=[int(h), int(w)], counts=n.tolist()), int(h), int(w))['counts'] in (s, s.encode())
+
+
+@pytest.mark.parametrize('change,what', [
+    (lambda d: d['images'].append([]), 'image at place 120: it is \\[\\], not an object'),
+    (lambda d: d['annotations'].insert(0, None), 'annotation at place 0: it is None, not an object'),
+    (lambda d: d['categories'].append(5), 'category at place 10: it is 5, not an object'),
+    (lambda d: d['annotations'][4].update(image_id=[]), 'annotation 5: its image \\[\\] is not in the file'),
+    (lambda d: d['annotations'][4].update(image_id=True), 'annotation 5: its image True'),
+    (lambda d: d['annotations'][4].update(category_id=[1]), 'annotation 5: its category \\[1\\] is not'),
+    (lambda d: d['annotations'][4].update(bbox=[10**400, 1, 1, 1]), 'annotation 5: box .* is not made of numbers'),
+    (lambda d: d['annotations'][4].update(bbox=[5, 5, -3, 3]), 'annotation 5: box .* is negative'),
+    (lambda d: d['annotations'][4].update(area=-5), 'annotation 5: box .* area -5 is negative'),
+    (lambda d: d['annotations'][4].update(iscrowd='0'), "annotation 5: its iscrowd is '0', not 0 or 1"),
+    (lambda d: d['annotations'][4].update(iscrowd='false'), "annotation 5: its iscrowd is 'false'"),
+    (lambda d: d['annotations'][4].update(iscrowd=[]), 'annotation 5: its iscrowd is'),
+    (lambda d: d['images'][2].update(height=True), 'image 3: its size is \\[True, 96\\]'),
+    (lambda d: d['images'][2].update(height=2**70), 'image 3: its size is'),
+    (lambda d: d['images'][2].update(height='96'), 'image 3: its size is'),
+    (lambda d: d['images'][2].update(id=10**30), 'image 1000000000000000000000000000000: its id has more than 64 bits'),
+    (lambda d: d['images'][2].update(id='x'*10**6), "image 'xxx.*: its id is not a whole number"),
+    (lambda d: d['images'][2].update(neg_category_ids=None), 'image 3: neg_category_ids is None, not a list'),
+    (lambda d: d['images'][2].update(neg_category_ids=[77, 'x']), 'image 3: neg_category_ids is .*, not a list of ids'),
+    (lambda d: d['images'][2].update(neg_category_ids=[a['category_id'] for a in d['annotations'] if a['image_id'] == 3]), 'image 3: neg_category_ids names .* which are annotated there'),
+    (lambda d: [im.pop('neg_category_ids') for im in d['images']] and d['images'][2].update(not_exhaustive_category_ids=[77]), r'image 3: not_exhaustive_category_ids names the categories \[77\]'),
+    (lambda d: d['images'][2].update(file_name=5), 'image 3: its file_name is 5, not a text'),
+    (lambda d: d['images'][2].update(coco_url=[]), 'image 3: its coco_url is'),
+    (lambda d: d['categories'][2].update(frequency='x'), "category 3: its frequency is 'x', not r, c or f"),
+    (lambda d: d['categories'][2].update(frequency=[]), 'category 3: its frequency is'),
+    (lambda d: d['categories'][2].update(frequency=None), 'category 3: its frequency is None')])
+def test_odd_values_are_problems_of_the_report(root, tmp_path, capsys, change, what):
+    "Refused by the name of file and object; the check says so, and its command ends with 1"
+    path = changed(root, tmp_path, change)
+    with pytest.raises(ValueError, match=rf'(?s)c\.json\n.*{what}') as e: read_annotations(path)
+    assert len(str(e.value)) < 5000 and 'not as LVIS or COCO write it' not in str(e.value)
+    assert what.startswith(('image', 'annotation', 'category')) and any(re.match(what, p) for p in check_annotations(path).problems)
+    with pytest.raises(SystemExit) as e: balms_check_lvis([str(path)])
+    assert e.value.code == 1 and what.split(':')[0][:9] in capsys.readouterr().out
+
+
+def test_names_of_photos_that_are_none(root, tmp_path):
+    "null is no name, and half a character can be printed"
+    path = changed(root, tmp_path, lambda d: (d['images'][0].update(file_name=None, coco_url=None), d['images'][1].update(file_name='\ud800.png')))
+    r = check_annotations(path, root)
+    assert r.problems == ['image 1: no photo 000000000001.jpg', r'image 2: no photo \ud800.png'] and str(r).encode()
+    assert len(read_annotations(path)) == 120
+
+
+def test_what_was_not_foreseen_names_the_file(root, monkeypatch):
+    "Of whatever kind it is, in reading and in the check"
+    for e in (TypeError('odd'), ValueError('Overflow'), KeyError('x'), ZeroDivisionError('z'), AssertionError()):
+        def take(self, anns): raise e
+        monkeypatch.setattr(Annotations, '_take', take)
+        with pytest.raises(ValueError, match=f'digits_train.json is not as LVIS or COCO write it .{type(e).__name__}'): read_annotations(root/'digits_train.json')
+        assert [type(e).__name__ in p for p in check_annotations(root/'digits_train.json').problems] == [True]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match='No folder'): check_annotations(root/'digits_train.json', root/'none')
+
+
+def test_crowds_as_json_says_them(tmp_path):
+    for v, n in ((0, 0), (False, 0), (1, 1), (True, 1)): assert read_annotations(small(tmp_path, iscrowd=v)).dropped['crowd'] == n
 
 
 def test_a_bad_photo_stops_training_by_name(root, tmp_path):
