@@ -8,12 +8,12 @@ __all__ = ['DATASETS', 'long_tail_counts', 'ArrayDataset', 'long_tail_indices', 
            'array_dls']
 
 # %% ../nbs/04_data.ipynb #8a757335
-import json, math, os, zlib, tempfile
+import errno, io, json, math, os, stat, tempfile, warnings, zlib
 from zipfile import ZIP_STORED
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, default_device
@@ -116,12 +116,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get('BALMS_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'balms')
 
 def _write(path, data):
-    "Write bytes so that `path` is either complete or as it was"
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    "Write bytes so that `path` is either complete or as it was. Raises an `OSError` that names it"
     try:
-        with os.fdopen(fd, 'wb') as f: data(f) if callable(data) else f.write(data)
-        os.replace(tmp, path)
-    except BaseException: os.unlink(tmp); raise
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(fd, 'wb') as f: data(f) if callable(data) else f.write(data)
+            os.replace(tmp, path)
+        except BaseException: os.unlink(tmp); raise
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from e
 
 def _uncompressed(z):
     "An open `.npz` file. Raises `ValueError` if anything in it is compressed: a small one could ask for all memory"
@@ -132,18 +134,78 @@ def cached(
     name:str, # File name in the cache
     fingerprint, # Anything JSON that changes when the source changes
     make, # Called without arguments if the cache does not have it: a dict of uint8 arrays, and something JSON
+    fits=None, # Called with what the cache has: whether `make` could have returned it; default: any uint8 arrays
 ) -> tuple: # What `make` returned
-    "Arrays from the cache if they are there, whole and of the same source, else from `make`."
+    "Arrays from the cache if they are there, whole and of the same source, else from `make`. Warns if they cannot be written."
     file, fingerprint = cache_dir()/f'{name}.npz', json.dumps(fingerprint)
     try:
         with np.load(file, allow_pickle=False) as z:
             # a zip file; reading alone compares no checksum of an array that says it is shorter than it is
-            if not _uncompressed(z).zip.testzip() and str(z['fingerprint']) == fingerprint: return {k: z[k] for k in z.files if k not in ('fingerprint', 'about')}, json.loads(str(z['about']))
+            if not _uncompressed(z).zip.testzip() and str(z['fingerprint']) == fingerprint:
+                arrays, about = {k: z[k] for k in z.files if k not in ('fingerprint', 'about')}, json.loads(str(z['about']))
+                if all(a.dtype == np.uint8 for a in arrays.values()) and (fits is None or fits(arrays, about)): return arrays, about
     except Exception: pass                                                        # absent, or damaged in any way: make it
     arrays, about = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, lambda f: np.savez(f, fingerprint=fingerprint, about=json.dumps(about), **arrays))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, lambda f: np.savez(f, fingerprint=fingerprint, about=json.dumps(about), **arrays))
+    except OSError as e: warnings.warn(f'The cache could not be written, so this is done anew the next time: {e}')
     return arrays, about
+
+# %% ../nbs/04_data.ipynb #3f1c5a91
+_MOST, _LARGEST = 178_956_970, 2**30                                          # pixels of an image, bytes of its file
+
+def _check_pixels(w, h):
+    "Raises `ValueError` for more pixels than an image may have"
+    if w*h > _MOST: raise ValueError(f'{w:,} x {h:,} pixels, more than the {_MOST:,} that an image may have')
+
+def _check_regular(path):
+    "The status of a file. Raises `OSError` for a pipe, a device, and what is not there"
+    s = os.stat(path)
+    if not (stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode)): raise OSError(errno.EINVAL, 'a pipe or a device, not a file', str(path))     # of a folder the system says so
+    return s
+
+def _read_file(path):
+    "The bytes of an image file. Raises `OSError` for what is no file, or too large to be an image"
+    if (n := _check_regular(path).st_size) > _LARGEST: raise OSError(errno.EFBIG, f'{n:,} bytes, more than an image file may have', str(path))
+    with open(path, 'rb') as f: return f.read()
+
+# %% ../nbs/04_data.ipynb #3f1c5a93
+def _deep(im, data):
+    "Whether an image that Pillow has opened has more than 8 bits a channel; to say so of JPEG 2000 and AVIF needs the file's bytes"
+    if im.mode[0] in 'IF': return True
+    if im.format == 'TIFF': return max(im.tag_v2.get(258, (1,))) > 8                               # BitsPerSample
+    if im.format == 'JPEG2000': i = data.find(b'\xff\x4f\xff\x51'); return i >= 0 and data[i + 42] & 127 > 7     # Ssiz of the first channel
+    if im.format == 'AVIF': i = data.find(b'av1C'); return i >= 0 and bool(data[i + 6] & 64)       # high_bitdepth
+    decoder, *_, args = im.tile[0] if im.tile else ('', '')
+    args = args if isinstance(args, (tuple, list)) else (args,)
+    if im.format == 'PPM': return isinstance(args[-1], int) and args[-1] > 255    # the largest value
+    return decoder == 'SGI16' or any(isinstance(a, str) and a.endswith(('16B', '16L', '16N')) for a in args)      # PNG, SGI
+
+def _opened(data):
+    "An image file (bytes) as Pillow opens it, of which nothing is decoded yet. Raises `ValueError` for what is no image, has too many pixels, several frames, or more than 8 bits a channel"
+    try: im = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError: raise ValueError('not an image') from None
+    if im.format == 'EPS': raise ValueError('a program, not an image')
+    _check_pixels(*im.size)
+    if _deep(im, data): raise ValueError('more than 8 bits a channel, which would be cut off')
+    if im.format not in ('MPO', 'PSD') and getattr(im, 'is_animated', False):
+        raise ValueError(f'{im.n_frames if im.format in ("GIF", "PNG", "WEBP") else "several"} frames, where one image should be')
+    return im
+
+# %% ../nbs/04_data.ipynb #3f1c5a95
+def _turned(im):
+    "An image that stands as its orientation tag says; itself if it does already"
+    im.load()                                                                 # some formats have their tags at the end
+    return ImageOps.exif_transpose(im) if im.getexif().get(0x112, 1) in range(2, 9) else im
+
+def _rgb(im, strip=2**22):
+    "The pixels of an image as uint8 (h, w, 3), converted at most `strip` at a time"
+    w, h = im.size
+    if w*h <= strip: return np.array(im.convert('RGB'))
+    im.load(); x, n = np.empty((h, w, 3), np.uint8), max(1, strip//w)
+    for y in range(0, h, n): x[y:y + n] = im.crop((0, y, w, min(h, y + n))).convert('RGB')
+    return x
 
 # %% ../nbs/04_data.ipynb #599dc69b
 def _listing(root):
@@ -156,23 +218,24 @@ def _listing(root):
     vocab = names(root/'train', lambda e: e.is_dir())
     if not vocab: raise ValueError(f'{root/"train"} has no class folders')
     if extra := set(names(root/'test', lambda e: e.is_dir())) - set(vocab): raise ValueError(f'{root/"test"} has classes that train/ lacks: {sorted(extra)}')
-    files = {}
+    files, inner = {}, []
     for s in ('train', 'test'):
         files[s] = []
         for j, c in enumerate(vocab):
-            fs = sorted((e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(root/s/c) if (e.is_file() or e.is_symlink() and not e.is_dir()) and not e.name.startswith('.')) if (root/s/c).is_dir() else []
+            es = [e for e in os.scandir(root/s/c) if not e.name.startswith('.')] if (root/s/c).is_dir() else []
+            inner += [e.path for e in es if e.is_dir()]
+            fs = sorted((e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in es if not e.is_dir())
             if not fs: raise ValueError(f'No images in {root/s/c}')
             files[s] += [(j, *f) for f in fs]
+    if inner: warnings.warn(f'Images are looked for in the class folders alone: {len(inner):,} folder{"s"*(len(inner) > 1)} inside of these left out, among them {min(inner)}')
     return files, vocab
 
 def _decode(path, size):
     "An image file as a uint8 RGB array (3, h, w)"
     try:
-        with Image.open(path) as im:
-            if im.format == 'EPS': raise ValueError('a program, not an image')
-            if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode}: more than 8 bits a channel would be cut off')
-            im = ImageOps.exif_transpose(im).convert('RGB')
-            return np.asarray(im if size is None else ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        with _opened(_read_file(path)) as im:
+            im = _turned(im)
+            return (_rgb(im) if size is None else np.asarray(ImageOps.fit(im.convert('RGB'), (size, size), Image.Resampling.BICUBIC))).transpose(2, 0, 1)
     except Exception as e: raise ValueError(f'Not a readable image: {path} ({e})') from e
 
 # %% ../nbs/04_data.ipynb #5e8b49fe
@@ -190,8 +253,9 @@ def load_folder(
             if odd: raise ValueError(f'Images differ in size: {odd[1]} is not as large as {fs[0][1]}. Give a size to resize them to (--size)')
             arrays[s] = np.stack(ims)
         return arrays, None
+    def fits(arrays, _): return arrays.keys() == files.keys() and all(a.ndim == 4 and a.shape[:2] == (len(files[s]), 3) and (size is None or a.shape[2:] == (size, size)) for s, a in arrays.items())
     root = Path(root).expanduser().resolve()
-    arrays, _ = cached(f'{root.name}-{zlib.crc32(str(root).encode()):08x}-{size or "as-is"}', [[[f[1:] for f in fs] for fs in files.values()], size], make)
+    arrays, _ = cached(f'{root.name}-{zlib.crc32(str(root).encode()):08x}-{size or "as-is"}', [[[f[1:] for f in fs] for fs in files.values()], size], make, fits)
     if arrays['train'].shape[1:] != arrays['test'].shape[1:]: raise ValueError(f'Images in train/ and test/ of {root} differ in size. Give a size to resize them to (--size)')
     return tuple(ArrayDataset(arrays[s], [f[0] for f in files[s]], vocab) for s in ('train', 'test'))
 
@@ -214,7 +278,8 @@ def _load_cifar(name, root):
         sets = {s: load(train=s == 'train') for s in ('train', 'test')}
         arrays = {s: d.data.transpose(0, 3, 1, 2).copy() for s, d in sets.items()}
         return arrays, dict(vocab=sets['train'].classes, targets={s: d.targets for s, d in sets.items()})
-    arrays, about = cached(f'{name}-torchvision', [[f.name, f.stat().st_size] for f in files], make)
+    def fits(arrays, about): return arrays.keys() == {'train', 'test'} and all(a.ndim == 4 and len(a) == len(about['targets'][s]) for s, a in arrays.items())
+    arrays, about = cached(f'{name}-torchvision', [[f.name, f.stat().st_size] for f in files], make, fits)
     return tuple(ArrayDataset(arrays[s], about['targets'][s], about['vocab']) for s in ('train', 'test'))
 
 DATASETS = dict(digits=lambda root=None: load_digits(), cifar10=lambda root=None: _load_cifar('cifar10', root), cifar100=lambda root=None: _load_cifar('cifar100', root))

@@ -8,14 +8,14 @@ __all__ = ['LIST_FACTS', 'SPLITS', 'VIEWS', 'ImageList', 'read_list', 'ListFacts
            'Centre', 'FlipJitter', 'Parcel', 'Unpack', 'ImageListDL', 'list_dls', 'pack_images', 'PackedDataset']
 
 # %% ../nbs/04a_image_lists.ipynb #c188ffa1
-import argparse, gzip, io, json, math, mmap, os, posixpath, re, struct, sys, tempfile, warnings, zlib
+import argparse, gzip, io, itertools, json, math, mmap, os, posixpath, re, struct, sys, tempfile, warnings, zlib
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 import numpy as np, torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader as TorchLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg, encode_png
 from fastai.data.core import TfmdDL, DataLoaders
@@ -25,7 +25,7 @@ from fastai.vision.core import TensorImage, imagenet_stats
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .core import class_counts, _few
-from .data import ArrayDataset, load_digits, long_tail, _uncompressed
+from .data import ArrayDataset, load_digits, long_tail, _MOST, _check_pixels, _check_regular, _opened, _read_file, _rgb, _turned, _uncompressed
 from .metrics import shot_masks
 
 # %% ../nbs/04a_image_lists.ipynb #fa67fbbb
@@ -42,16 +42,21 @@ def _entry(line, num_classes=None):
     return file, int(label)
 
 # %% ../nbs/04a_image_lists.ipynb #aa9b14c6
-def _lines(path, most=2**28, longest=2**20):
+def _lines(path, most=2**28, longest=8192):
     "The lines of a list file, `.txt` or `.txt.gz`, one after the other. Raises an error that names a file that is not one."
     n = 0
     try:
+        _check_regular(path)
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig') as f:
-            while line := f.readline(longest):
-                if (n := n + len(line)) > most or len(line) == longest: raise ValueError(f'{path} is longer than a list of images can be, or has such a line')
+            for i in itertools.count(1):
+                if not (line := f.readline(longest + 2)): return
+                if (n := n + len(line)) > most or len(line.removesuffix('\n')) > longest: raise ValueError(f'{path} is longer than a list of images can be, or has such a line: line {i}')
                 yield line.removesuffix('\n')
     except FileNotFoundError: raise FileNotFoundError(f'No list file {path}') from None
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e: raise ValueError(f'{path} is not a text file{" in gzip format" if path.suffix == ".gz" else ""}: {e}') from None
+
+# %% ../nbs/04a_image_lists.ipynb #4b7d2e11
+def _plain(file): p = posixpath.normpath(file); return file if p == file else p       # no second string in memory
 
 def _parse(path, num_classes=None, most=10_000):
     "[(line number, file, label)] of a list file, and what is wrong with it, up to `most` lines"
@@ -60,17 +65,19 @@ def _parse(path, num_classes=None, most=10_000):
         if len(problems) == most: problems.append(f'{path}:{i}: not read from here on, after so many problems'); break
         try: file, label = _entry(line, num_classes)
         except ValueError as e: problems.append(f'{path}:{i}: {e}'); continue
-        first = seen.setdefault(posixpath.normpath(file), (i, label))
-        if first[0] != i: problems.append(f'{path}:{i}: the image of line {first[0]} again' + (f', there with label {first[1]}' if first[1] != label else ''))
-        else: entries.append((i, file, label))
+        entry = i, file, label
+        first = seen.setdefault(_plain(file), entry)
+        if first is not entry: problems.append(f'{path}:{i}: the image of line {first[0]} again' + (f', there with label {first[2]}' if first[2] != label else ''))
+        else: entries.append(entry)
     return entries, problems or ([] if entries else [f'{path}: the list is empty'])
 
-def _kind(problem): return re.sub(r"'.*?'|\d+|\S*/\S*", '', problem)          # without what differs from line to line
-def _summary(problems, n=20, alike=3):
-    "At most `n` lines: of problems that are alike the first ones, and how many more there are"
+def _short(problem, n=300): return problem if len(problem) <= n else f'{problem[:n//2]} ... {problem[-n//2:]}'
+def _kind(problem): return re.sub(r"'.*?'|(?<!\S)[^\s/]*/\S*", '', _short(re.sub(r'\d+', '', problem)))          # without what differs from line to line
+def _summary(problems, n=20, alike=3, most=1000):
+    "At most `n` lines of at most `most` characters: of problems that are alike the first ones, and how many more there are"
     kinds = {}
     for p in problems: kinds.setdefault(_kind(p), []).append(p)
-    lines = [l for ps in kinds.values() for l in ps[:alike] + ([f'... and {len(ps) - alike:,} more like it'] if len(ps) > alike else [])]
+    lines = [l for ps in kinds.values() for l in [_short(p, most) for p in ps[:alike]] + ([f'... and {len(ps) - alike:,} more like it'] if len(ps) > alike else [])]
     return '\n'.join([*lines[:n], *([f'... and {len(lines) - n:,} more lines'] if len(lines) > n else [])])
 
 # %% ../nbs/04a_image_lists.ipynb #5efa69cb
@@ -92,7 +99,7 @@ def read_list(
     "Read a list of images. Raises `ValueError` with file and line of all that is wrong with it."
     entries, problems = _parse(Path(path).expanduser(), num_classes)
     if problems: raise ValueError(f'{len(problems)} problem{"s"*(len(problems) > 1)} in a list of images\n{_summary(problems)}')
-    lines, files, labels = map(list, zip(*entries))
+    lines, files, labels = ([e[j] for e in entries] for j in range(3))                          # zip(*entries) would make an iterator a line
     return ImageList(Path(path).expanduser(), files, torch.tensor(labels), lines)
 
 # %% ../nbs/04a_image_lists.ipynb #a3b69d95
@@ -170,39 +177,36 @@ def sample_tree(
     return root
 
 # %% ../nbs/04a_image_lists.ipynb #08bc2761
+_SEGMENT = re.compile(rb'\xff[^\0\1\xd0-\xd9\xff]')                             # the next marker of a JPEG file that has a length, found as libjpeg finds it
+
+def _jpeg_size(data):
+    "(width, height) in the frame header of a JPEG file, or None: it has none. Raises `ValueError` for more than 8 bits a channel"
+    i = 2
+    while m := _SEGMENT.search(data, i):
+        i = m.end(); marker = data[i - 1]
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
+            if len(data) < i + 7: return None
+            if data[i + 2] > 8: raise ValueError('more than 8 bits a channel')
+            return int.from_bytes(data[i + 5:i + 7], 'big'), int.from_bytes(data[i + 3:i + 5], 'big')
+        i += int.from_bytes(data[i:i + 2], 'big')
+
 def decode_rgb(
     data, # An image file: bytes or a uint8 tensor
     orient:bool=True, # Turn it as the camera's orientation tag says
 ) -> torch.Tensor: # uint8 (3, h, w)
-    "Decode an image. Raises `ValueError` if it is damaged, animated, or has more than 8 bits a channel."
+    "Decode an image. Raises `ValueError` if it is damaged, animated, has too many pixels, or more than 8 bits a channel."
     if isinstance(data, torch.Tensor): data = data.cpu().numpy().tobytes()
     if not len(data): raise ValueError('the file is empty')
     if data[:4] in (b'%!PS', b'\xc5\xd0\xd3\xc6'): raise ValueError('does not decode: a program in PostScript, not an image')
-    if data[:8] == b'\x89PNG\r\n\x1a\n': return _decode_png(data, orient)
-    data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    try: x = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=orient)
-    except RuntimeError as e: x = _decode_pil(data, orient, e)
-    if x.ndim != 3: raise ValueError(f'{len(x)} frames, where one image should be')
-    if x.dtype != torch.uint8: raise ValueError('more than 8 bits a channel')
-    return x
+    if data[:3] != b'\xff\xd8\xff': return _decode_pil(data, orient)
+    if size := _jpeg_size(data): _check_pixels(*size)
+    try: return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=orient)
+    except RuntimeError: return _decode_pil(data, orient)                            # which may know it, or say better what is wrong
 
-def _decode_pil(data, orient, error):
-    "Formats that torchvision does not know"
+def _decode_pil(data, orient):
+    "All formats but JPEG. Of PNG torchvision's decoder may end the process, of WebP it knows no orientation"
     try:
-        with Image.open(io.BytesIO(data.numpy().tobytes())) as im:
-            if im.mode[0] in 'IF': raise ValueError('more than 8 bits a channel')
-            return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
-    except Exception as e:
-        why = str(e) if 'cannot identify' not in str(e) else 'not an image'
-        raise ValueError(f'does not decode: {why}') from error
-
-def _decode_png(data, orient):
-    "By Pillow: at a damaged one torchvision's decoder may end the process"
-    try:
-        with Image.open(io.BytesIO(data), formats=['PNG']) as im:
-            if data[24] > 8: raise ValueError('more than 8 bits a channel')
-            if getattr(im, 'n_frames', 1) > 1: raise ValueError(f'{im.n_frames} frames, where one image should be')
-            return torch.from_numpy(np.array((ImageOps.exif_transpose(im) if orient else im).convert('RGB'))).permute(2, 0, 1)
+        with _opened(data) as im: return torch.from_numpy(_rgb(_turned(im) if orient else im)).permute(2, 0, 1)
     except Exception as e: raise ValueError(f'does not decode: {e}') from e
 
 # %% ../nbs/04a_image_lists.ipynb #33d89719
@@ -226,8 +230,9 @@ def _overlap(parsed):
     seen, problems = {}, []
     for path, entries in parsed.values():
         for i, f, _ in entries:
-            first = seen.setdefault(posixpath.normpath(f), (path, i))
-            if first != (path, i): problems.append(f'{path}:{i}: an image that {first[0].name}:{first[1]} has, too')
+            f = _plain(f)
+            if first := next(((p, lines[f]) for p, lines in seen.items() if f in lines), None): problems.append(f'{path}:{i}: an image that {first[0].name}:{first[1]} has, too')
+        seen[path] = {_plain(f): i for i, f, _ in entries}
     return problems
 
 # %% ../nbs/04a_image_lists.ipynb #c118e71b
@@ -236,9 +241,9 @@ def _file_problem(root, file, decode):
     path = Path(root)/file
     try:
         if not path.is_file(): return f'no file {path}' if not path.exists() else f'{path} is not a file'
-        if decode: decode_rgb(path.read_bytes())
+        if decode: decode_rgb(_read_file(path))
         elif not path.stat().st_size: return f'{path}: the file is empty'
-    except (OSError, ValueError) as e: return f'{path}: {e}'
+    except (OSError, ValueError) as e: return f'{path}: {getattr(e, "strerror", None) or e}'
 
 def _check_files(root, parsed, decode, num_workers, progress):
     "Problems of the image files of all lists, looked at in threads"
@@ -342,8 +347,12 @@ class ImageListDataset(Dataset):
     def __len__(self): return len(self.targets)
     def __repr__(self): return f'{type(self).__name__}: {len(self):,} images, {self.c:,} classes, {self.source.name if self.source else "no list"}'
     def __getitem__(self, i): return self._item(i) if self.parcels else TensorImage(self._seen(i)), TensorCategory(self.targets[i])
-    def _seen(self, i): return self.image(i) if self.view is None else self.view(self.image(i))
+    def _seen(self, i):
+        x = self.image(i)
+        try: return x if self.view is None else self.view(x)
+        except Exception as e: raise ValueError(f'{self._name(i)}: {e}') from e
     def where(self, i): return f'{self.source or self.root}:{self.lines[i]}'
+    def _name(self, i): return f'{self.where(i)}: {self.root/self.files[i]}'
     def new_empty(self): return self.subset([])
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
 
@@ -352,14 +361,14 @@ class ImageListDataset(Dataset):
 def read(self:ImageListDataset, i:int) -> bytes:
     "The file of image `i`"
     path = self.root/self.files[i]
-    try: return path.read_bytes()
+    try: return _read_file(path)
     except OSError as e: raise OSError(f'{self.where(i)}: {path}: {e.strerror}') from None
 
 @patch
 def image(self:ImageListDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
     try: return decode_rgb(self.read(i), self.orient)
-    except ValueError as e: raise ValueError(f'{self.where(i)}: {self.root/self.files[i]}: {e}') from e
+    except ValueError as e: raise ValueError(f'{self._name(i)}: {e}') from e
 
 @patch
 def _copy(self:ImageListDataset, **kw):
@@ -379,7 +388,10 @@ def with_view(self:ImageListDataset, view):
 # %% ../nbs/04a_image_lists.ipynb #2d53afae
 def _drop_missing(lst, root):
     "The list without images that are not there, and these as 'list:line: file'"
-    with ThreadPool(16) as pool: there = pool.map(lambda f: (Path(root)/f).is_file(), lst.files, chunksize=256)
+    def is_there(i):
+        try: return (Path(root)/lst.files[i]).is_file()
+        except OSError as e: raise OSError(f'{lst.at(i)}: {_short(lst.files[i])}: {e.strerror}') from None         # not missing: it cannot be looked for
+    with ThreadPool(16) as pool: there = pool.map(is_there, range(len(lst)), chunksize=256)
     if all(there): return lst, []
     keep = [i for i, t in enumerate(there) if t]
     if not keep: raise FileNotFoundError(f'{lst.path}: none of its {len(lst):,} images is in {root}. Is that the image root?')
@@ -414,6 +426,7 @@ def load_lists(
 # %% ../nbs/04a_image_lists.ipynb #b3e7d215
 def _resize(x, size, box=None):
     "An image uint8 (3, h, w), or the part `box` = (top, left, height, width) of it, resized with antialiasing; in memory colours stay as they lie"
+    if max(size[0], (box or (0, 0, *x.shape[1:]))[2])*size[1] > _MOST: raise ValueError(f'{x.shape[2]:,} x {x.shape[1]:,} pixels, too long and thin to be resized: that would take more than {_MOST:,}')     # on the way it has its old height
     (top, left, h, w), (c, down, right) = box or (0, 0, *x.shape[1:]), x.stride()
     x = x.as_strided((1, 3, h, w), (x.numel(), c, down, right), x.storage_offset() + top*down + left*right)     # with this first stride torch knows the order
     return F.interpolate(x, size, mode='bilinear', antialias=True)[0] if x.is_cpu else TF.resize(x[0], size, antialias=True)
@@ -543,12 +556,12 @@ def _turns(exif):
     return any(tag == 0x112 and 2 <= value <= 8 for tag, _, _, value in tags)
 
 def _plain_jpeg(data, orient=True):
-    "Whether bytes are a JPEG file in grey or colour, by its frame header, and stand upright"
+    "Whether bytes are a JPEG file in grey or colour, by its frame header, of no more pixels than an image may have, and stand upright"
     if data[:2] != b'\xff\xd8': return False
     i = 2
     while i + 9 < len(data) and data[i] == 0xff:
         marker, n = data[i + 1], int.from_bytes(data[i + 2:i + 4], 'big')
-        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc): return marker < 0xc3 and data[i + 9] in (1, 3)
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc): return marker < 0xc3 and data[i + 9] in (1, 3) and int.from_bytes(data[i + 5:i + 7], 'big')*int.from_bytes(data[i + 7:i + 9], 'big') <= _MOST
         if orient and marker == 0xe1 and data[i + 4:i + 10] == b'Exif\0\0' and _turns(data[i + 10:i + 2 + n]): return False
         i += 1 if marker == 0xff else 2 + n
     return False
@@ -557,7 +570,7 @@ def _plain_jpeg(data, orient=True):
 def _item(self:ImageListDataset, i):
     "Image `i` for a `Parcel`: as it is seen, or its file for a device that decodes"
     if self.encoded and _plain_jpeg(data := self.read(i), self.orient): return _One(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.where(i))
-    return _One(self.image(i) if self.encoded else self._seen(i))
+    return _One(self.image(i), self.where(i)) if self.encoded else _One(self._seen(i))
 
 # %% ../nbs/04a_image_lists.ipynb #d53a845e
 class Unpack(Transform):
@@ -577,7 +590,10 @@ class Unpack(Transform):
         files = [i for i, p in enumerate(parts) if p.ndim == 1]
         try: ims = dict(zip(files, decode_jpeg([parts[i] for i in files], ImageReadMode.RGB, device=self.device))) if files else {}
         except RuntimeError: ims = {i: self._one(parts[i], x.where[i]) for i in files}
-        return x._read(TensorImage(torch.stack([self.view(ims[i] if i in ims else p.to(self.device)) for i, p in enumerate(parts)])))
+        return x._read(TensorImage(torch.stack([self._seen(ims[i] if i in ims else p.to(self.device), x.where[i]) for i, p in enumerate(parts)])))
+    def _seen(self, x, where):
+        try: return self.view(x)
+        except ValueError as e: raise ValueError(f'{where}: {e}') from e
     def _one(self, data, where):
         try: return decode_rgb(data).to(self.device)
         except ValueError as e: raise ValueError(f'{where}: {e}') from e
@@ -636,6 +652,7 @@ def _shrink(ds, i, short, quality):
     data, x = ds.read(i), ds.image(i)
     if min(x.shape[-2:]) <= short: return data
     x = TF.resize(x, [short], antialias=True).contiguous()
+    if quality is not None and max(x.shape) > 65_500: raise ValueError(f'{ds._name(i)}: {x.shape[2]:,} x {x.shape[1]:,} pixels, too long for JPEG, which has at most 65,500 a side: pack without loss (quality=None), or leave it out')     # torchvision's encoder would end the process
     return (encode_png(x) if quality is None else encode_jpeg(x, quality)).numpy().tobytes()
 
 class _Shrunk(Dataset):
@@ -693,6 +710,7 @@ class PackedDataset(ImageListDataset):
         self.idxs, self.orient = np.arange(len(self.targets)), self.about.get('orient', False)           # as it was packed
         if of is not None: self._same(of)
     def where(self, i): return f'{self.path}: image {self.idxs[i]} ({self.files[i]}, line {self.lines[i]} of {self.about["source"]})'
+    def _name(self, i): return self.where(i)
     def subset(self, idxs): return super().subset(idxs)._copy(idxs=self.idxs[np.asarray(idxs, np.int64)])
     def __repr__(self): return f'PackedDataset: {len(self):,} images, {self.c:,} classes, {self.path.name}'
     def __getstate__(self): return {**self.__dict__, '_map': (None, None)}
@@ -739,7 +757,9 @@ def read(self:PackedDataset, i:int) -> bytes:
 @patch
 def image(self:PackedDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
-    return decode_rgb(self.read(i), self.orient)
+    data = self.read(i)
+    try: return decode_rgb(data, self.orient)
+    except ValueError as e: raise ValueError(f'{self.where(i)}: {e}') from e
 
 @patch
 def _same(self:PackedDataset, lst):

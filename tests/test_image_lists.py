@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from balms.core import class_counts
-from balms.image_lists import (LIST_FACTS, ImageListDataset, PackedDataset, check_lists, decode_rgb, find_lists, list_dls, load_lists, pack_images, read_list, sample_tree)
+from balms.image_lists import (LIST_FACTS, Centre, ListReport, Resized, ImageListDataset, PackedDataset, check_lists, decode_rgb, find_lists, list_dls, load_lists, pack_images, read_list, sample_tree)
 
 LISTS = Path(os.environ.get('BALMS_LISTS', ''))
 published = pytest.mark.skipif(not os.environ.get('BALMS_LISTS'), reason='the published lists are not at hand: BALMS_LISTS names no folder')
@@ -308,3 +308,111 @@ def test_a_tensor_is_looked_at_as_bytes_are():
     "A program in PostScript, and a damaged PNG, which torchvision's decoder does not survive"
     for data, what in ((b'%!PS-Adobe-3.0 EPSF-3.0\nshowpage', 'PostScript'), (b'\x89PNG\r\n\x1a\n' + bytes(40), 'does not decode'), (b'', 'empty')):
         with pytest.raises(ValueError, match=what): decode_rgb(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8))
+
+
+def measured(*args): from test_fuzz import measured; return measured(*args)                     # imported here: a process of `_alone` that has more in memory shares more with its workers
+
+
+def test_long_lines_of_a_list(tmp_path):
+    "Of 8,192 characters at most; a report of long problems is made in time that grows with their length, and is short"
+    (tmp_path/'c.jpg').write_bytes(b''); (f := tmp_path/'a_train.txt').write_text('b ' + 'a'*80_000 + ' 0\nc.jpg 0\n')
+    t = time.time()
+    with pytest.raises(ValueError, match=r'a_train\.txt is longer than a list of images can be, or has such a line: line 1'): read_list(f)
+    r = check_lists(None, tmp_path, dict(train=f))
+    assert 'a_train.txt is longer than' in str(r) and len(str(r)) < 1000
+    f.write_text('\n'.join(f'x {"a"*8180}{i:03} 0' for i in range(100)))                           # each as long as it may be
+    said = str(check_lists(None, tmp_path, dict(train=f)))
+    assert 'a_train.txt:1: ' in said and 'File name too long' in said and '... and 97 more like it' in said and len(said) < 10_000, said
+    said = str(ListReport('x', [], ['x '*5 + 'a'*80_000, "'"*80_000, 'a/'*40_000, '1 '*40_000, 'a b'*30_000]*20))
+    assert len(said) < 20_000 and time.time() - t < 5
+
+
+def test_skip_missing_names_what_cannot_be_looked_for(tmp_path, tree):
+    "A name that is too long for the system, by list and line"
+    (f := tmp_path/'a_train.txt').write_text('c.jpg 0\n' + 'a'*300 + ' 0\n')
+    with pytest.raises(OSError, match=r'a_train\.txt:2: a+.*: File name too long'): load_lists(tree, dict(train=f, test=f), skip_missing=True)
+
+
+def test_a_list_of_many_lines_costs_little(tmp_path):
+    "At most 270 bytes a line, and in the check no more than twice that; it was 410"
+    (f := tmp_path/'a_train.txt').write_text(''.join(f'{i:06x} 0\n' for i in range(150_000)))
+    mib, said = measured('print(len(il.read_list(sys.argv[1])))', f)
+    assert said == '150000' and mib*2**20/150_000 < 270, mib
+    mib, said = measured('print(il.check_lists(None, lists={"train": sys.argv[1]}).ok)', f)
+    assert said == 'True' and mib*2**20/150_000 < 540, mib
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    "As an image, a list, or behind a link; by name"
+    os.mkfifo(tmp_path/'p'); (tmp_path/'l.jpg').symlink_to(tmp_path/'p'); (tmp_path/'a_test.txt').write_text('l.jpg 0\n')
+    for name in ('p', 'l.jpg'):
+        with pytest.raises(OSError, match=f':1: .*{name}: a pipe or a device, not a file'): ImageListDataset([name], tmp_path)[0]
+        with pytest.raises(OSError, match=f'a pipe or a device, not a file: .*{name}'): read_list(tmp_path/name)
+    assert 'l.jpg is not a file' in str(check_lists(None, tmp_path)) and 'a pipe or a device' in str(check_lists(None, tmp_path, dict(test=tmp_path/'p')))
+    shutil.copy(sample_tree(tmp_path/'t', n_max=2, imbalance=1)/'train/digit0/0000.jpg', tmp_path/'r.jpg'); (tmp_path/'ok.jpg').symlink_to('r.jpg')
+    assert ImageListDataset(['ok.jpg'], tmp_path)[0][0].ndim == 3
+
+
+@pytest.mark.parametrize('size', [(20_000, 1), (1, 60_000)])
+def test_a_thin_image_is_refused_by_name(tmp_path, size):
+    "Its resized size would be gigabytes: at less than 48 MiB it is an error with list, line and file, from a worker too, and on the way to the device"
+    Image.new('RGB', size).save(tmp_path/'thin.png'); (tmp_path/'a_test.txt').write_text('thin.png 0\n')
+    code = """
+ds = il.ImageListDataset(il.read_list(sys.argv[1] + '/a_test.txt'), sys.argv[1], view=il.Centre())
+for see in (lambda: ds[0], lambda: il.Unpack('cpu', ds.view)(il.Parcel.of([ds._copy(encoded=True)._item(0)]))):
+    try: see()
+    except ValueError as e: print(e)"""
+    mib, said = measured(code, tmp_path)
+    first, second = said.splitlines()
+    assert mib < 48 and first.startswith(f'{tmp_path}/a_test.txt:1: {tmp_path}/thin.png: {size[0]:,} x {size[1]:,} pixels, too long and thin') and second.startswith(f'{tmp_path}/a_test.txt:1: {size[0]:,} x'), (mib, said)
+    ds = ImageListDataset(read_list(tmp_path/'a_test.txt'), tmp_path)
+    with pytest.raises(ValueError, match='a_test.txt:1: .*thin.png: .*too long and thin'): list(list_dls(ds, ds, bs=1, num_workers=1, device='cpu').valid)
+    pack = pack_images(ds, tmp_path/'a.pack', short=32, num_workers=0)                          # small already: as it is
+    with pytest.raises(ValueError, match='a.pack: image 0 .thin.png, line 1 of a_test.txt.: .*too long and thin'): pack.with_view(Centre())[0]
+    assert ds.with_view(Resized(24))[0][0].shape == (3, 24, 24)
+
+
+def test_a_resize_has_no_larger_step_on_the_way(tmp_path):
+    "One pixel wide and three million high, to a square of 224: the step between would have 224 times as many"
+    Image.new('1', (1, 3_000_000)).save(tmp_path/'high.png')
+    mib, said = measured("try: il.ImageListDataset(['high.png'], sys.argv[1], view=il.Resized(224))[0]\nexcept ValueError as e: print(e)", tmp_path)
+    assert mib < 64 and 'high.png: 1 x 3,000,000 pixels, too long and thin' in said, (mib, said)
+
+
+def test_what_a_view_raises_is_named(tree):
+    "Whatever it is, by list, line and file"
+    def view(x): raise KeyError('no such thing')
+    ds = load_lists(tree)[0].with_view(view)
+    with pytest.raises(ValueError, match=f'digits_train.txt:3: {tree}/{ds.files[2]}: .*no such thing'): ds[2]
+
+
+def test_an_image_that_cannot_be_packed_is_named(tmp_path):
+    "JPEG has at most 65,500 pixels a side; no pack is left"
+    Image.new('RGB', (70_000, 34)).save(tmp_path/'wide.png'); (tmp_path/'a_test.txt').write_text('wide.png 0\n')
+    ds = ImageListDataset(read_list(tmp_path/'a_test.txt'), tmp_path)
+    with pytest.raises(ValueError, match='a_test.txt:1: .*wide.png: 65,882 x 32 pixels, too long for JPEG'): pack_images(ds, tmp_path/'a.pack', short=32, num_workers=0)
+    assert pack_images(ds, tmp_path/'b.pack', short=32, quality=None, num_workers=0).image(0).shape[1] == 32 and not list(tmp_path.glob('a.pack*'))
+
+
+def test_a_damaged_image_in_a_pack_is_named(tmp_path):
+    "One that was packed as it is and cannot be decoded"
+    Image.new('RGB', (40, 40)).save(f := io.BytesIO(), 'png')
+    ds = ImageListDataset(['x.png'], tmp_path); (tmp_path/'x.png').write_bytes(f.getvalue())
+    pack = pack_images(ds, tmp_path/'a.pack', short=64, num_workers=0)
+    pack.read = lambda i: b'nothing'
+    with pytest.raises(ValueError, match='a.pack: image 0 .x.png.*: does not decode: not an image'): pack.image(0)
+
+
+def test_the_device_gets_no_file_that_is_too_large():
+    "The worker refuses it"
+    from balms.image_lists import _jpeg_size, _plain_jpeg
+    Image.new('RGB', (30, 20)).save(f := io.BytesIO(), 'jpeg'); data = f.getvalue(); i = data.index(b'\xff\xc0') + 5
+    big = data[:i] + (20_000).to_bytes(2, 'big')*2 + data[i + 4:]
+    assert _plain_jpeg(data) and not _plain_jpeg(big) and _jpeg_size(data) == (30, 20)
+    for hidden in (big[:2] + b'junk' + big[2:], big[:2] + b'\xff'*1000 + big[2:], big[:2] + b'\xff\xd0\xff\x00' + big[2:]):     # as libjpeg, which finds it behind these
+        assert _jpeg_size(hidden) == (20_000, 20_000)
+        with pytest.raises(ValueError, match='pixels|not an image'): decode_rgb(hidden)
+    t = time.time()
+    for data in (b'\xff\xd8' + b'\xff'*2_000_000, b'\xff\xd8\xff' + bytes(2_000_000), b'\xff\xd8' + b'\xff\xe0\0\2'*200_000):
+        with pytest.raises(ValueError): decode_rgb(data)
+    assert time.time() - t < 10
