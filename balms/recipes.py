@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'LIST_AUGMENTS', 'SCOR
            'evaluate', 'run', 'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
 
 # %% ../nbs/12_recipes.ipynb #13380825
-import json, math, os, platform, signal, subprocess, threading, time, uuid, warnings, zlib
+import json, math, os, platform, re, signal, subprocess, threading, time, uuid, warnings, zlib
 from dataclasses import dataclass, field, asdict, replace, fields
 from datetime import datetime, timezone
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -609,6 +609,25 @@ def _environment(device):
                 date=datetime.now(timezone.utc).date().isoformat())
 
 
+# %% ../nbs/12_recipes.ipynb #2970febb
+def _torn(line):
+    "Whether a line is the beginning of a row as `_append` writes it, and no more, which is what a crash leaves: more text could make it whole"
+    begin = '{"key": "'
+    try: text = line.decode()
+    except ValueError: return False
+    if not text or not text.startswith(begin[:len(text)]): return False
+    open_, inside, escaped = [], False, False
+    for ch in text:
+        if inside: inside, escaped = ch != '"' or escaped, ch == '\\' and not escaped
+        elif ch == '"': inside = True
+        elif ch in '{[': open_.append({'{': '}', '[': ']'}[ch])
+        elif ch in '}]' and (not open_ or open_.pop() != ch): return False
+    text, ends = (re.sub(r'\\(u[0-9a-fA-F]{0,3})?$', '', text), ('"', '": 0')) if inside else (re.sub(r'[-+.\w]+$', '', text), ('', '0', ': 0', '"": 0'))
+    def whole(s):
+        try: json.loads(s); return True
+        except (ValueError, RecursionError): return False
+    return bool(open_) and any(whole(text + e + ''.join(reversed(open_))) for e in ends)
+
 # %% ../nbs/12_recipes.ipynb #a236a819
 _ROW, _NAMES = dict(key=str, recipe=dict, changed=dict, train_crc=int), dict(data=str, preset=str, method=str)       # what each row has, and its recipe
 
@@ -618,15 +637,6 @@ def _row(path, i, line):
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {i} is not a row of a ledger: {e}') from None
     if odd := _odd(row, _ROW) or _odd(row['recipe'], _NAMES): raise ValueError(f'{path}, line {i} is not a row of a ledger: {odd} is missing, or of another kind')
     return row
-
-def _torn(line):
-    "Whether a line is the beginning of a row as `_append` writes it, and no more: what a crash leaves"
-    line, begin = line.rstrip(b'\0'), b'{"key": "'
-    if not line or not line.startswith(begin[:len(line)]) or b'\r' in line or b'\0' in line: return False
-    try: json.loads(line.decode())
-    except json.JSONDecodeError as e: return e.msg != 'Extra data'
-    except (ValueError, RecursionError): pass
-    return False
 
 def _rows(path, data, then='left out'):
     "The rows of a ledger and how many of its bytes are whole lines; tells of torn ones, as a crash leaves them at the end, or without locks before it"

@@ -176,7 +176,7 @@ def test_stopped_between_the_last_step_and_the_model(tmp_path, stage):
     "Ctrl-C after training is over and before its model is saved: the model is saved, and the run says that it was stopped"
     import signal
     import balms.recipes as m
-    r, n = Recipe(method='balms', iters=6, iters2=5, bs=32), [0]
+    r, n, handler = Recipe(method='balms', iters=6, iters2=5, bs=32), [0], signal.getsignal(signal.SIGINT)
     finite = m._finite
     def stop(*args):
         n[0] += 1
@@ -186,7 +186,7 @@ def test_stopped_between_the_last_step_and_the_model(tmp_path, stage):
     try:
         with pytest.raises(m.Interrupted, match=f'Stopped after step {(6, 5)[stage - 1]} of'): run(r, tmp_path, device='cpu')
     finally: m._finite = finite
-    assert (tmp_path/(r.first, r)[stage - 1].key/'model.pt').exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path/(r.first, r)[stage - 1].key/'model.pt').exists() and signal.getsignal(signal.SIGINT) is handler
     run(r, tmp_path, device='cpu'); run(r, tmp_path/'a', device='cpu')
     assert_same(tmp_path/'a', tmp_path, r)
 
