@@ -412,7 +412,7 @@ def test_the_device_gets_no_file_that_is_too_large():
     for hidden in (big[:2] + b'junk' + big[2:], big[:2] + b'\xff'*1000 + big[2:], big[:2] + b'\xff\xd0\xff\x00' + big[2:]):     # as libjpeg, which finds it behind these
         assert _jpeg_size(hidden) == (20_000, 20_000)
         with pytest.raises(ValueError, match='pixels|not an image'): decode_rgb(hidden)
-    t = time.time()
+    t = time.process_time()
     for data in (b'\xff\xd8' + b'\xff'*2_000_000, b'\xff\xd8\xff' + bytes(2_000_000), b'\xff\xd8' + b'\xff\xe0\0\2'*200_000):
         with pytest.raises(ValueError): decode_rgb(data)
-    assert time.time() - t < 10
+    assert time.process_time() - t < 10
