@@ -1,5 +1,5 @@
 "The ledger under many writers, after a crash, on a full disk, and with what is no row in it."
-import json, os, random, signal, sys, time
+import json, os, random, signal, subprocess, sys, time
 import pytest
 from balms.recipes import _append, format_table, read_ledger
 
@@ -91,18 +91,14 @@ def test_a_disk_that_is_full_when_a_run_has_ended(tmp_path):
     path, r = tmp_path/'ledger.jsonl', m.Recipe(iters=6, bs=32)
     _append(path, row('a', 2_000_000))                                          # more than a checkpoint has
     before = path.read_bytes()
-    def fill():
-        import resource
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, resource.RLIM_INFINITY))
-        with pytest.raises(OSError, match='which is as it was: File too large. The model is kept'): m.run(r, tmp_path, device='cpu')
-    assert os.waitpid(forked(fill), 0)[1] == 0
+    def call(code):
+        "In a process of its own: a forked child cannot train when its parent has"
+        return subprocess.run([sys.executable, '-c', f'import resource, signal, balms.recipes as m\n{code}\nm.run(m.Recipe(**{r.row!r}), {str(tmp_path)!r}, device="cpu")'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=200)
+    p = call(f'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100}, resource.RLIM_INFINITY))')
+    assert p.returncode == 1 and 'which is as it was: File too large. The model is kept' in p.stderr, p.stderr
     assert path.read_bytes() == before and [p.name for p in (tmp_path/r.key).iterdir()] == ['model.pt']
-    def again():
-        def none(*args): raise AssertionError('trains')
-        m.Learner.fit = none
-        m.run(r, tmp_path, device='cpu')
-    assert os.waitpid(forked(again), 0)[1] == 0
+    p = call('m.Learner.fit = None')                                              # it cannot train
+    assert p.returncode == 0, p.stderr
     assert [x['key'] for x in read_ledger(path)] == ['a', r.key]
 
 
