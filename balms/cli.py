@@ -69,6 +69,7 @@ def balms_train(argv=None): # Arguments; default: those of the command line
         if 'lost the others' not in str(e): raise
         _fail('balms_train', e)
 
+# %% ../nbs/13_cli.ipynb #1e8797b2
 def _report(r, rows, out):
     "Print the table of the rows, then save their figure beside the ledger"
     from balms.recipes import format_table, plot_runs

@@ -333,6 +333,7 @@ def _newest(paths, about):
     refused = []
     for path in filter(Path.exists, paths):
         try: found = path, _checkpoint(path, about); break
+        except FileNotFoundError: continue                            # without locks another process may just have moved it
         except ValueError as e: refused.append((path, e))
     else:
         if refused: raise ValueError(f'{refused[0][1]}. There is no good one before it: remove {", ".join(p.name for p, _ in refused)} to begin anew')
@@ -381,25 +382,7 @@ class Checkpoint(Callback):
         if total is not None and self.saved['step'] > total: raise ValueError(f'{self.found} is of step {self.saved["step"]}, and the run has {total}')
         self.step, self.seconds, self.stop, self.stopped, self.handlers = self.saved['step'], self.saved['seconds'], False, False, {}
         self.hows = [h for h in self.saved.get('hows', ()) if h != how] + [how]*(how is not None)            # the last one is that of now
-        if len(self.hows) > 1 and self.found == path and self.ranks.rank == 0: warnings.warn(f'{path} was begun in another way: {_differs(*self.hows[-2:])}. It goes on, and its row will say both')
-
-    def _others(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')]
-    def _scaler(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
-    def _random(self):
-        cuda = [] if not torch.cuda.is_available() else torch.cuda.get_rng_state_all() if self.ranks.world == 1 else [torch.cuda.get_rng_state()]
-        return dict(rng=torch.get_rng_state(), cuda=cuda)
-    def _net(self): return getattr(self.model, 'module', self.model)   # without DistributedDataParallel
-    def state(self):
-        return dict(about=self.about, step=self.step, seconds=self.seconds + time.time() - self.began, model=self._net().state_dict(), opt=self.opt.state_dict(), hows=self.hows,
-                    data=self.dls.train.state_dict(), **self._random(), **(dict(world=self.ranks.world, each=self.ranks.gather(self._random())) if self.ranks.world > 1 else {}),
-                    scaler=self._scaler().state_dict() if self._scaler() else {}, cbs={cb.name: cb.state_dict() for cb in self._others()})
-    def restore(self, s):
-        self._net().load_state_dict(s['model']); self.opt.load_state_dict(s['opt']); self.dls.train.load_state_dict(s['data'])
-        own = s['each'][self.ranks.rank] if 'each' in s else s
-        torch.set_rng_state(own['rng'])
-        if own['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(own['cuda']) if self.ranks.world == 1 else torch.cuda.set_rng_state(own['cuda'][0])
-        if s['scaler']: self._scaler().load_state_dict(s['scaler'])
-        for cb in self._others(): cb.load_state_dict(s['cbs'][cb.name])
+        if len(self.hows) > 1 and self.found != self.done and self.ranks.rank == 0: warnings.warn(f'{path} was begun in another way: {_differs(*self.hows[-2:])}. It goes on, and its row will say both')
 
     def release(self):
         "Give back the signal handlers"
@@ -422,6 +405,38 @@ class Checkpoint(Callback):
         if self.stop: self.stopped = True; raise CancelFitException()      # all agreed
     def _write(self, state): self.ranks.first(lambda: _save(self.path, state))
     def after_fit(self): self.seconds += time.time() - self.began
+
+# %% ../nbs/12_recipes.ipynb #4feb8efd
+@patch
+def _others(self:Checkpoint): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')]
+
+@patch
+def _scaler(self:Checkpoint): return getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
+
+@patch
+def _random(self:Checkpoint):
+    cuda = [] if not torch.cuda.is_available() else torch.cuda.get_rng_state_all() if self.ranks.world == 1 else [torch.cuda.get_rng_state()]
+    return dict(rng=torch.get_rng_state(), cuda=cuda)
+
+@patch
+def _net(self:Checkpoint): return getattr(self.model, 'module', self.model)   # without DistributedDataParallel
+
+@patch
+def state(self:Checkpoint) -> dict:
+    "All that decides the steps to come"
+    return dict(about=self.about, step=self.step, seconds=self.seconds + time.time() - self.began, model=self._net().state_dict(), opt=self.opt.state_dict(), hows=self.hows,
+                data=self.dls.train.state_dict(), **self._random(), **(dict(world=self.ranks.world, each=self.ranks.gather(self._random())) if self.ranks.world > 1 else {}),
+                scaler=self._scaler().state_dict() if self._scaler() else {}, cbs={cb.name: cb.state_dict() for cb in self._others()})
+
+@patch
+def restore(self:Checkpoint, s):
+    "Put back what `state` gave"
+    self._net().load_state_dict(s['model']); self.opt.load_state_dict(s['opt']); self.dls.train.load_state_dict(s['data'])
+    own = s['each'][self.ranks.rank] if 'each' in s else s
+    torch.set_rng_state(own['rng'])
+    if own['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(own['cuda']) if self.ranks.world == 1 else torch.cuda.set_rng_state(own['cuda'][0])
+    if s['scaler']: self._scaler().load_state_dict(s['scaler'])
+    for cb in self._others(): cb.load_state_dict(s['cbs'][cb.name])
 
 # %% ../nbs/12_recipes.ipynb #67bedb7f
 def data_crc(
@@ -577,6 +592,10 @@ def _on_features(learn, recipe, head, how):
     inner.opt, inner.create_mbar, inner.logger = _head_opt(inner, head), False, noop
     return inner
 
+def _after(before, saved):
+    "Let what a second stage saved say how its first stage was done, too"
+    saved['hows'] = [h for h in before.get('hows', ()) if h not in saved.get('hows', ())] + saved.get('hows', [])
+
 def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
     method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
@@ -591,7 +610,7 @@ def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
     saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
-    saved['hows'] = [h for h in before.get('hows', ()) if h not in saved.get('hows', ())] + saved.get('hows', [])
+    _after(before, saved)
     if method.scales: replace_classifier(learn.model, head.folded())
     return learn, saved
 

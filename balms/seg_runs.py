@@ -22,7 +22,7 @@ from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
 from .models import _tensors
-from .recipes import Interrupted, mean_se, read_ledger, _apart, _append, _environment, _fit, _found, _How, _under, _usable, _writable
+from .recipes import Interrupted, mean_se, read_ledger, _after, _apart, _append, _environment, _fit, _found, _How, _under, _usable, _writable
 from .meta import _average
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
@@ -192,7 +192,7 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     meta_dl = instance_dls(train, bs=how.ranks.share(recipe.meta_bs, 'meta_bs'), num_workers=how.workers or 0, seed=recipe.seed + 1, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world).train if recipe.meta_bs else None
     cbs = ([RoIReweighter(recipe.meta_lr, meta_dl=meta_dl)] if m.meta else []) + _ranks_cbs(how)
     done = _fit(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
-    done['hows'] = [h for h in saved.get('hows', ()) if h not in done.get('hows', ())] + done.get('hows', [])
+    _after(saved, done)
     return second, done, saved['seconds'] + done['seconds']
 
 def _evaluate(learn, valid, how, precision='float32'):
