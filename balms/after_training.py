@@ -8,7 +8,7 @@ __all__ = ['fit_temperature', 'estimate_prior']
 # %% ../nbs/03a_after_training.ipynb #cb060583
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import _few, _positive
+from .core import list_classes, positive_vector
 
 # %% ../nbs/03a_after_training.ipynb #6d11b885
 def _slope(z, zy, shift, b):
@@ -40,7 +40,7 @@ def fit_temperature(
     z = logits.detach().as_subclass(Tensor).double()
     if not z.isfinite().all(): raise ValueError('logits are not finite')
     zy = z.gather(1, targets.as_subclass(Tensor).long()[:, None])[:, 0]
-    shift = torch.zeros(z.shape[1], dtype=z.dtype) if prior is None else _positive(prior, 'prior').log()
+    shift = torch.zeros(z.shape[1], dtype=z.dtype) if prior is None else positive_vector(prior, 'prior').log()
     if len(shift) != z.shape[1]: raise ValueError(f'prior has {len(shift)} classes, logits {z.shape[1]}')
     f = lambda b: _slope(z, zy, shift.to(z.device), b)
     if f(0.)[0] >= 0: raise ValueError('These logits say nothing about the targets, at no temperature: are they in the same order?')
@@ -59,7 +59,7 @@ def estimate_prior(
     "Class shares of a test set under label shift, by EM (Saerens et al. 2002). Raises `ValueError` for what is no probability, `RuntimeError` if `tol` was not reached."
     w = _probs(probs)
     if prior is not None:
-        prior = _positive(prior, 'prior').to(w.device)
+        prior = positive_vector(prior, 'prior').to(w.device)
         if len(prior) != w.shape[1]: raise ValueError(f'prior has {len(prior)} classes, probs {w.shape[1]}')
         w = w/(prior/prior.sum())
     q = w.new_full((w.shape[1],), 1/w.shape[1])

@@ -12,23 +12,23 @@ import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from .core import BalancedSoftmax, class_counts, log_prior, _Loss, _Sigmoid, _check, _labels, _plain, _positive, _shifted_cross_entropy
+from .core import BalancedSoftmax, class_counts, log_prior, ClassificationLoss, SigmoidLoss, check_shapes, read_labels, plain_tensor, positive_vector, shifted_cross_entropy
 from .models import find_classifier
 
 # %% ../nbs/10_baselines.ipynb #ddb297dd
-class _Softmax(_Loss):
+class _Softmax(ClassificationLoss):
     "What the softmax losses here share. Training differs by class weights (`balance`), by other logits (`_change`) or by another loss (`_loss`)."
     index_only = None                                      # why probabilities are refused as targets, if they are
     def __init__(self, counts, weight=None, ignore_index=-100, reduction='mean', label_smoothing=0., axis=1, shift=None, balance=None):
-        if shift is None and counts is not None: shift = torch.zeros(len(_positive(counts)))
-        _Loss.__init__(self, shift, weight, reduction, axis)
+        if shift is None and counts is not None: shift = torch.zeros(len(positive_vector(counts)))
+        ClassificationLoss.__init__(self, shift, weight, reduction, axis)
         self.register_buffer('balance', balance)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
 
     def forward(self, input:Tensor, target:Tensor) -> Tensor:
         "Loss of logits (N, k, ...) for class indices (N, ...) or, if the loss takes them, probabilities (N, k, ...)"
-        x, y, axis = _plain(input), _plain(target), self._axis(input)
-        _check(x, y, x.shape[axis] if self.shift is None else len(self.shift), axis)
+        x, y, axis = plain_tensor(input), plain_tensor(target), self._axis(input)
+        check_shapes(x, y, x.shape[axis] if self.shift is None else len(self.shift), axis)
         x, soft = x.to(torch.promote_types(x.dtype, torch.float32)), y.is_floating_point()
         if soft and self.training and self.index_only: raise ValueError(f'{type(self).__name__} takes class indices, not probabilities: {self.index_only}')
         if one := x.ndim == 1: x, y = x[None], y[None]
@@ -43,7 +43,7 @@ class _Softmax(_Loss):
     def _loss(self, x, y): return self._cross_entropy(self._change(x, y), y, self.shift)
     def _cross_entropy(self, x, y, shift=None):
         if shift is None: shift = x.new_zeros(x.shape[1])
-        return _shifted_cross_entropy(x, y, shift, self._class_weight(), self.ignore_index, self.reduction, self.label_smoothing, 1)
+        return shifted_cross_entropy(x, y, shift, self._class_weight(), self.ignore_index, self.reduction, self.label_smoothing, 1)
 
     def _class_weight(self):
         "Yours, times in training the method's own"
@@ -91,7 +91,7 @@ def effective_number(
 ) -> Tensor: # float64 (k,)
     "Effective number of samples, (1 - beta^n)/(1 - beta) (Cui et al. 2019, Proposition 1). Raises `ValueError` for a beta outside 0..1."
     if not 0 <= beta <= 1: raise ValueError(f'beta must be in 0..1, not {beta}')
-    n = _positive(counts)
+    n = positive_vector(counts)
     return n if beta == 1 else torch.ones_like(n) if beta == 0 else -torch.expm1(n*math.log(beta))/(1 - beta)
 
 # %% ../nbs/10_baselines.ipynb #a2a5d14c
@@ -142,7 +142,7 @@ def _lift(x, t):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x, t.to(x.dtype)
 
-class SigmoidFocalLoss(_Sigmoid):
+class SigmoidFocalLoss(SigmoidLoss):
     "Focal loss (Lin et al. 2017, Eq. 5) in training, plain binary cross-entropy after `.eval()`."
     def __init__(self,
         counts=None, # Samples a class, (k,): not used but for their number
@@ -158,7 +158,7 @@ class SigmoidFocalLoss(_Sigmoid):
         if gamma < 0: raise ValueError(f'gamma must be 0 or more, not {gamma}')
         if alpha is not None and not 0 <= alpha <= 1: raise ValueError(f'alpha must be in 0..1, or None; not {alpha}')
         like = weight if counts is None else counts
-        super().__init__(None if like is None else torch.zeros(len(_positive(like))), weight, ignore_index, reduction, multilabel, thresh, axis)
+        super().__init__(None if like is None else torch.zeros(len(positive_vector(like))), weight, ignore_index, reduction, multilabel, thresh, axis)
         self.gamma, self.alpha = gamma, alpha
 
     def _terms(self, x, t):
@@ -167,7 +167,7 @@ class SigmoidFocalLoss(_Sigmoid):
         return l if self.weight is None else l*self.weight
 
 # %% ../nbs/10_baselines.ipynb #e3729bc4
-class ClassBalancedLoss(_Softmax, _Sigmoid):
+class ClassBalancedLoss(_Softmax, SigmoidLoss):
     "Class-Balanced loss by effective number (Cui et al. 2019) in training, the plain loss after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
@@ -186,7 +186,7 @@ class ClassBalancedLoss(_Softmax, _Sigmoid):
         _Softmax.__init__(self, counts, weight, ignore_index, reduction, label_smoothing, axis, balance=class_weights(effective_number(counts, beta)))
         self.beta, self.kind, self.gamma, self.multilabel = beta, kind, gamma, False
 
-    def _form(self): return _Softmax if self.kind == 'softmax' else _Sigmoid
+    def _form(self): return _Softmax if self.kind == 'softmax' else SigmoidLoss
     def forward(self, input:Tensor, target:Tensor) -> Tensor:
         "Loss of logits (N, k, ...) for class indices (N, ...) or probabilities (N, k, ...)"
         if self.kind != 'softmax' and target.device.type == 'cpu' and not torch.compiler.is_compiling():
@@ -231,7 +231,7 @@ class LDAM(_Softmax):
         axis:int=1, # The class axis of the logits
     ):
         super().__init__(counts, weight, ignore_index, reduction, label_smoothing, axis)
-        m = _positive(counts)**-.25
+        m = positive_vector(counts)**-.25
         self.register_buffer('margin', (max_m*m/m.max()).float())
         self.max_m, self.s = max_m, s
 
@@ -239,7 +239,7 @@ class LDAM(_Softmax):
     def _change(self, x, y): return self._scores(x - _is_class(y, x.shape[1])*_per_class(self.margin, x))
 
 # %% ../nbs/10_baselines.ipynb #56f9052f
-class SigmoidEqualization(_Sigmoid):
+class SigmoidEqualization(SigmoidLoss):
     "Equalization loss (Tan et al. 2020) in training: rare classes are not pushed down by foreground of other classes. Plain binary cross-entropy after `.eval()`."
     def __init__(self,
         counts, # Training images that have the class, (k,)
@@ -252,7 +252,7 @@ class SigmoidEqualization(_Sigmoid):
         thresh:float=.5, # Probability above which a class is predicted, if `multilabel`
         axis:int=1, # The class axis of the logits
     ):
-        f = _positive(counts)
+        f = positive_vector(counts)
         f = f/(f.sum() if total is None else total)
         super().__init__(torch.zeros(len(f)), weight, ignore_index, reduction, multilabel, thresh, axis)
         self.register_buffer('rare', f < threshold)
@@ -261,7 +261,7 @@ class SigmoidEqualization(_Sigmoid):
     @classmethod
     def from_dls(cls, dls, **kwargs):
         "The loss for fastai `DataLoaders` (or anything that `class_counts` takes); `total` is the number of training samples."
-        return cls(class_counts(dls), **{'total': len(_labels(getattr(dls, 'train_ds', dls))), **kwargs})
+        return cls(class_counts(dls), **{'total': len(read_labels(getattr(dls, 'train_ds', dls))), **kwargs})
 
     def _terms(self, x, t):
         x, t = _lift(x, t)
@@ -286,7 +286,7 @@ class SoftmaxEqualization(_Softmax):
         if label_smoothing: raise ValueError(f'SoftmaxEqualization has no label_smoothing: {self.index_only}')
         if not 0 <= gamma <= 1: raise ValueError(f'gamma must be in 0..1, not {gamma}')
         super().__init__(counts, weight, ignore_index, reduction, 0., axis)
-        f = _positive(counts)
+        f = positive_vector(counts)
         self.gamma, self.threshold = gamma, .3/len(f) if threshold is None else threshold
         self.register_buffer('rare', f/f.sum() < self.threshold)
 
@@ -312,7 +312,7 @@ class VectorScaling(_Softmax):
         axis:int=1, # The class axis of the logits
     ):
         super().__init__(counts, weight, ignore_index, reduction, label_smoothing, axis, shift=log_prior(counts, tau))
-        n = _positive(counts)
+        n = positive_vector(counts)
         self.register_buffer('scale', ((n/n.max())**gamma).float())
         self.tau, self.gamma = tau, gamma
 
@@ -334,8 +334,8 @@ class LADE(_Softmax):
         axis:int=1, # The class axis of the logits
     ):
         super().__init__(counts, weight, ignore_index, reduction, label_smoothing, axis, shift=log_prior(counts, 1., target_prior))
-        p = _positive(counts)/_positive(counts).sum()
-        q = torch.ones_like(p) if target_prior is None else _positive(target_prior, 'target_prior')
+        p = positive_vector(counts)/_positive(counts).sum()
+        q = torch.ones_like(p) if target_prior is None else positive_vector(target_prior, 'target_prior')
         q = q/q.sum()
         for name, v in dict(share=p, log_ratio=(q/p).log(), log_target=(len(q)*q).log()).items(): self.register_buffer(name, v.float())
         self.alpha, self.lam = alpha, lam
@@ -404,7 +404,7 @@ class FeatureLoss(Callback):
     def after_loss(self):
         if not self.training: return
         x = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
-        self.learn.loss_grad = self.loss_grad + self.weight*self.func(x, _plain(self.y))
+        self.learn.loss_grad = self.loss_grad + self.weight*self.func(x, plain_tensor(self.y))
         self.learn.loss = self.loss_grad.clone()
 
     def after_fit(self):

@@ -27,11 +27,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .baselines import LDAM, CosineLinear, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, class_weights, effective_number
-from .core import BalancedSigmoid, _Loss, _Sigmoid
-from .decoupled import ScaledLinear, _head_opt, trained
-from .metrics import COLORS, _axis
+from .core import BalancedSigmoid, ClassificationLoss, SigmoidLoss
+from .decoupled import ScaledLinear, classifier_optimizer, trained
+from .metrics import COLORS, styled_axis
 from .lvis import InstanceAP
-from .meta import ClassRates, _Meta, _average, closed_form_credit, inner_step, weight_gradient
+from .meta import ClassRates, MetaCallback, mean_over_ranks, closed_form_credit, inner_step, weight_gradient
 from .scale import Ranks
 
 # %% ../nbs/14_instance_seg.ipynb #fa13100d
@@ -68,7 +68,7 @@ class LossHeads(RoIHeads):
         name, head = type(loss_func).__name__, self.box_predictor
         if not isinstance(loss_func, nn.Module) or not hasattr(loss_func, 'activation'): raise TypeError(f'{name}: the heads need a module with `activation`, which gives the scores of logits, such as the losses of this package')
         if getattr(loss_func, 'reduction', 'none') != 'none': raise ValueError(f"{name} must have reduction='none': the heads need one number a region, not {loss_func.reduction!r}")
-        if isinstance(loss_func, _Loss) and isinstance(loss_func, _Sigmoid) == head.background: raise ValueError(f'{name} needs a classifier {"without a" if head.background else "with a"} background logit: use_loss makes one')
+        if isinstance(loss_func, ClassificationLoss) and isinstance(loss_func, SigmoidLoss) == head.background: raise ValueError(f'{name} needs a classifier {"without a" if head.background else "with a"} background logit: use_loss makes one')
         k, shift = head.cls_score.out_features, getattr(loss_func, 'shift', None)
         if shift is not None and len(shift) != k: raise ValueError(f'{name} is for {len(shift)} classes, the classifier has {k} outputs')
         self._loss = loss_func.to(head.cls_score.weight.device),     # in a tuple: its buffers are no part of the model's weights
@@ -144,7 +144,7 @@ def use_loss(
     "Let the box head of a detector of torchvision classify with `loss_func`. Raises `TypeError` for a network without such a head"
     if not isinstance(getattr(model, 'roi_heads', None), RoIHeads): raise TypeError(f'{type(model).__name__} has no RoIHeads: this is for Faster and Mask R-CNN of torchvision. For dense heads see the page on other detectors')
     loss_func = loss_func or SigmoidFocalLoss(gamma=0., alpha=None, reduction='none')
-    background = not isinstance(loss_func, _Sigmoid) if background is None else background
+    background = not isinstance(loss_func, SigmoidLoss) if background is None else background
     heads, old = model.roi_heads, model.roi_heads.box_predictor
     heads.box_predictor = ClassPredictor(old.bbox_pred.in_features, num_classes, background, prior, head).to(old.bbox_pred.weight.device)
     if heads.box_predictor.bbox_pred.weight.shape == old.bbox_pred.weight.shape: heads.box_predictor.bbox_pred.load_state_dict(old.bbox_pred.state_dict())
@@ -321,7 +321,7 @@ def box_classifier_learner(
     heads.set_loss(loss_func)
     if scales and not isinstance(heads.box_predictor.cls_score, ScaledLinear): heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
     heads.row_weights = heads.watch = None
-    learn.opt = _head_opt(learn, box_classifier(learn.model))
+    learn.opt = classifier_optimizer(learn, box_classifier(learn.model))
     if not any(isinstance(cb, BoxClassifierOnly) for cb in learn.cbs): learn.add_cb(BoxClassifierOnly())
     return learn
 
@@ -385,11 +385,11 @@ class RoIReweighter(Callback):
 
     def weights(self, labels:Tensor) -> Tensor: # (N,)
         "The weights of regions with these labels"
-        return region_weights(labels, self.psi.r, _average)
+        return region_weights(labels, self.psi.r, mean_over_ranks)
     def _keep(self, features, logits, labels):
         if logits.requires_grad: logits.retain_grad()
         self.now = features.detach(), logits, labels
-    _amp, _scale = _Meta._amp, _Meta._scale                           # of mixed precision
+    _amp, _scale = MetaCallback._amp, MetaCallback._scale                           # of mixed precision
 
 # %% ../nbs/14_instance_seg.ipynb #2b07f677
 @patch
@@ -442,7 +442,7 @@ def after_backward(self:RoIReweighter):
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
         wide = lambda t: t.to(params[0].dtype)
         g = reweighting_gradient(params, wide(features), wide(logits.grad/scale), labels, wide(self.weights(labels)), wide(meta[0]), meta[1],
-                                 partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params], _average)
+                                 partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params], mean_over_ranks)
         if g.isfinite().all():                                       # not in a step that overflowed in half precision
             self.psi.w.grad = g.to(self.psi.w.dtype)*(1 - self.psi.r)
             self.psi_opt.step()
@@ -478,7 +478,7 @@ def plot(self:RoIReweighter,
     "r_c of each class from common to rare, at the start and at the end"
     if self.psi is None: raise ValueError('RoIReweighter has learned nothing before its first fit')
     order = torch.as_tensor(counts).argsort(descending=True, stable=True)
-    ax = _axis(ax, title, xlabel='class, from common to rare', ylabel='r')
+    ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel='r')
     for i, (step, r) in enumerate([*self.history[:1], (self.n_steps, self.psi.r.cpu())]): ax.plot(r[order], color=COLORS[(1, 0)[i]], lw=1.5, label=f'step {step:,}')
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -28,9 +28,9 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 from fastai.data.transforms import ItemTransform
-from .core import _few
-from .data import _write, load_digits, mixed_seed
-from .image_lists import ListReport, _summary, decode_rgb
+from .core import list_classes
+from .data import write_file, load_digits, mixed_seed
+from .image_lists import ListReport, summarize_problems, decode_rgb
 from .metrics import COLORS
 from .samplers import SampledDL
 
@@ -403,10 +403,10 @@ def _named(path):
 def _checked(d, path, images, skip_missing):
     "`Annotations` of what is in a file, or an error with all that is wrong with it"
     files, skipped = None, []
-    if faults := _faults(d): raise ValueError(f'{len(faults)} problem{"s"*(len(faults) > 1)} in {path}\n{_summary(faults)}')
+    if faults := _faults(d): raise ValueError(f'{len(faults)} problem{"s"*(len(faults) > 1)} in {path}\n{summarize_problems(faults)}')
     if images is not None:
         files, skipped = _find_photos(d['images'], images)
-        if skipped and not skip_missing: raise FileNotFoundError(f'{len(skipped):,} of {len(files):,} photos of {path} are not there; skip_missing=True leaves these images out\n{_summary(skipped)}')
+        if skipped and not skip_missing: raise FileNotFoundError(f'{len(skipped):,} of {len(files):,} photos of {path} are not there; skip_missing=True leaves these images out\n{summarize_problems(skipped)}')
         if skipped:
             warnings.warn(f'{len(skipped):,} of {len(files):,} images of {path.name} are skipped: their photos are missing')
             d['images'], files = [im for im, f in zip(d['images'], files) if f], [f for f in files if f]
@@ -762,7 +762,7 @@ def coco_to_lvis(
         c.update(image_count=int(a.image_counts[j]), instance_count=int(a.instance_counts[j]), frequency=t.groups[j])
     for i, im in enumerate(d['images']): im.update(neg_category_ids=[a.cat_ids[j - 1] for j in a.neg(i)], not_exhaustive_category_ids=[a.cat_ids[j - 1] for j in a.not_exhaustive(i)])
     d['annotations'] = [o for o in d['annotations'] if not o.get('iscrowd', 0)]
-    _write(Path(dst), json.dumps(d).encode())
+    write_file(Path(dst), json.dumps(d).encode())
     return Path(dst)
 
 # %% ../nbs/07a_lvis_data.ipynb #c16536cd

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClassRates', 'soft_draw', 'rate_gradient', 'inner_step', 'softmax_residual', 'closed_form_credit', 'autograd_credit',
-           'MetaSampler', 'weight_gradient', 'MetaReweighter']
+           'MetaCallback', 'mean_over_ranks', 'MetaSampler', 'weight_gradient', 'MetaReweighter']
 
 # %% ../nbs/09_meta.ipynb #cf5acb70
 import warnings
@@ -22,9 +22,9 @@ from fastai.layers import NoneReduce
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .core import class_counts, _positive, _few, _plain
+from .core import class_counts, positive_vector, list_classes, plain_tensor
 from .data import ArrayDL
-from .metrics import COLORS, _axis
+from .metrics import COLORS, styled_axis
 from .models import classifier_input, find_classifier
 from .samplers import ClassSampler, SampledDL, sampling_rates
 
@@ -37,7 +37,7 @@ class ClassRates(nn.Module):
         count_pow:float=1., # 1: equal r_c are instance-balanced sampling; 0: class-balanced
     ):
         super().__init__()
-        n = _positive(counts)
+        n = positive_vector(counts)
         u = (n/n.sum())**-init_pow
         self.w = nn.Parameter((u/(u.min() + u.max())).logit().float())
         self.register_buffer('log_n', (count_pow*(n/n.max()).log()).float())
@@ -210,7 +210,7 @@ def autograd_credit(
         return torch.autograd.grad(sum((g*d).sum() for g, d in zip(grads, v)), s)[0]
 
 # %% ../nbs/09_meta.ipynb #214cd3ab
-class _Meta(Callback):
+class MetaCallback(Callback):
     "What `MetaSampler` and `MetaReweighter` share"
     order, run_valid = 60, False                                     # after mixed precision and the wrapping of the model
     _stateattrs = 'about', 'sampler', 'meta_dl', 'meta_ds', 'labels', 'was'      # hold training data: not exported with a learner
@@ -236,13 +236,13 @@ class _Meta(Callback):
 
 # %% ../nbs/09_meta.ipynb #4f64e89f
 @patch
-def _check(self:_Meta):
+def _check(self:MetaCallback):
     "Raise `ValueError` for what cannot work"
     name = type(self).__name__
     for cb in self.learn.cbs:
         if isinstance(cb, MixHandler): raise ValueError(f'{name} credits each image to one class: it cannot be combined with {type(cb).__name__}, which mixes two')
         if isinstance(cb, GradientAccumulation): raise ValueError(f'{name} takes each batch for one step: use a larger bs in place of GradientAccumulation')
-        if isinstance(cb, _Meta) and cb is not self: raise ValueError(f'{name} and {type(cb).__name__} cannot train together: one of them')
+        if isinstance(cb, MetaCallback) and cb is not self: raise ValueError(f'{name} and {type(cb).__name__} cannot train together: one of them')
     dl = self.dls.train
     if type(dl).__name__ == 'DistributedDL': raise ValueError(f"{name} shares out its draws between the ranks itself and does not work under fastai's distrib_ctx: start the process group and wrap the model in DistributedDataParallel, without it")
     if not isinstance(dl, (ArrayDL, TfmdDL)) or not hasattr(dl.dataset, '__len__'):
@@ -250,17 +250,17 @@ def _check(self:_Meta):
     try: counts = class_counts(self._labels(), getattr(self.dls, 'c', None))
     except TypeError as e: raise ValueError(f'{name}: no class counts, since the training set does not say its labels. Give them: {name}(labels=...)') from e
     if self._labels() is self.labels and len(self.labels) != len(dl.dataset): raise ValueError(f'{name}: {len(self.labels)} labels for {len(dl.dataset)} training images')
-    if (counts == 0).any(): raise ValueError(f'{name}: no images, so no meta images, of classes {_few(counts == 0)}')
+    if (counts == 0).any(): raise ValueError(f'{name}: no images, so no meta images, of classes {list_classes(counts == 0)}')
     return counts
 
 @patch
-def _labels(self:_Meta):
+def _labels(self:MetaCallback):
     "Where the labels of the training set stand"
     ds = self.dls.train.dataset
     return ds if self.labels is None or hasattr(ds, 'views') else self.labels              # a bank of views has labels of its own
 
 @patch
-def _find(self:_Meta, k):
+def _find(self:MetaCallback, k):
     "The network, its trained parameters, and the linear classifier if the closed form can be used"
     net = getattr(self.model, 'module', self.model)                  # without DistributedDataParallel
     self.net, self.names = net, [n for n, p in net.named_parameters() if p.requires_grad]
@@ -280,7 +280,7 @@ def _ranks():
     "(rank, number of ranks)"
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-def _average(t):
+def mean_over_ranks(t):
     "Mean over ranks, in place"
     n = _ranks()[1]
     if n > 1: dist.all_reduce(t); t /= n
@@ -288,20 +288,20 @@ def _average(t):
 
 # %% ../nbs/09_meta.ipynb #ebcccb34
 @patch
-def _meta_loader(self:_Meta, counts, device):
+def _meta_loader(self:MetaCallback, counts, device):
     "Endless class-balanced batches of the meta set"
     dl, (rank, world), k = self.dls.train, _ranks(), len(counts)
     ds, bs = dl.dataset if self.meta_ds is None else self.meta_ds, self.meta_bs or dl.bs
     labels = self._labels() if self.meta_ds is None else ds
     n = class_counts(labels, k)
-    if (n == 0).any(): raise ValueError(f'{type(self).__name__}: no meta images of classes {_few(n == 0)}')
+    if (n == 0).any(): raise ValueError(f'{type(self).__name__}: no meta images of classes {list_classes(n == 0)}')
     sampler = ClassSampler(labels, sampling_rates(n, 0.), self.seed + 1, k, rank=rank, world_size=world, device=device if isinstance(dl, ArrayDL) else 'cpu')
     if isinstance(dl, ArrayDL): self.meta_dl = dl.new(ds, sampler=sampler, bs=bs, augment=dl.augment, seed=self.seed + 1 + 1000*rank)
     else: self.meta_dl = SampledDL.from_dl(dl if self.meta_ds is None else dl.new(ds), sampler, bs=bs)
     self.meta_iter = None
 
 @patch
-def _meta_batch(self:_Meta):
+def _meta_batch(self:MetaCallback):
     "Inputs and labels of the next meta batch"
     if isinstance(self.meta_dl, ArrayDL): b = self.meta_dl.make(self.meta_dl.sampler.draw(self.meta_dl.bs))
     else:
@@ -309,11 +309,11 @@ def _meta_batch(self:_Meta):
         if b is None: self.meta_iter = iter(self.meta_dl); b = next(self.meta_iter)
     n = getattr(self.dls, 'n_inp', len(b) - 1)
     b = to_device(b, self.psi.w.device)
-    return [_plain(x) if isinstance(x, Tensor) else x for x in b[:n]], _plain(b[n]).long()
+    return [plain_tensor(x) if isinstance(x, Tensor) else x for x in b[:n]], plain_tensor(b[n]).long()
 
 # %% ../nbs/09_meta.ipynb #7a288fa4
 @patch
-def _prepare(self:_Meta):
+def _prepare(self:MetaCallback):
     "Rates, draws and meta batches for this training set"
     counts, dl, device = self._check(), self.dls.train, next(getattr(self.model, 'module', self.model).parameters()).device
     about = dl.dataset, dl.bs, device, self.model
@@ -331,7 +331,7 @@ def _prepare(self:_Meta):
 
 # %% ../nbs/09_meta.ipynb #c2f72ba9
 @patch
-def before_train(self:_Meta):
+def before_train(self:MetaCallback):
     self._release()
     self._prepare()
     self._install()
@@ -340,29 +340,29 @@ def before_train(self:_Meta):
     self.handle = self.head.register_forward_hook(self._keep) if self.head else None
 
 @patch
-def after_train(self:_Meta): self._release()
+def after_train(self:MetaCallback): self._release()
 
 @patch
-def after_fit(self:_Meta):
+def after_fit(self:MetaCallback):
     if self.trying: self.load_state_dict(self.trying); self.trying = None
 
 @patch
-def _release(self:_Meta):
+def _release(self:MetaCallback):
     "Leave network and loader as they were"
     if self.handle: self.handle.remove()
     self._uninstall()
     self.handle = self.meta_iter = self.features = self.dlogits = self.out = None
 
 @patch(as_prop=True)
-def learn(self:_Meta): return self.__dict__.get('_learn')
+def learn(self:MetaCallback): return self.__dict__.get('_learn')
 
 @patch(set_prop=True)
-def learn(self:_Meta, learn):
+def learn(self:MetaCallback, learn):
     if learn is None: self._release()                                # taken out of the learner, also after an error
     self.__dict__['_learn'] = learn
 
 @patch
-def _keep(self:_Meta, module, inp, out):
+def _keep(self:MetaCallback, module, inp, out):
     "Keep what the classifier was given, and the gradient at its output"
     if self.learn is None or not self.training or not out.requires_grad: return
     self.features, self.out = inp[0].detach(), out.detach()
@@ -379,26 +379,26 @@ def _no_stats(norms):
         for m in norms: m.track_running_stats = True
 
 @patch
-def _amp(self:_Meta):
+def _amp(self:MetaCallback):
     "The autocast that the training pass ran in"
     mp = getattr(self.learn, 'mixed_precision', None)
     if mp is None: return nullcontext()
     return torch.autocast(self.psi.w.device.type, dtype=torch.bfloat16 if mp.amp_mode.value == 'bf16' else torch.float16)
 
 @patch
-def _scale(self:_Meta):
+def _scale(self:MetaCallback):
     "Loss scale of mixed precision"
     scaler = getattr(self.learn, 'scaler', None) if hasattr(self.learn, 'mixed_precision') else None
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
 
 # %% ../nbs/09_meta.ipynb #1c40a74a
 @patch
-def _step_of(self:_Meta, params):
+def _step_of(self:MetaCallback, params):
     "The trial step of these parameters"
     return lambda ps, gs: inner_step(self.opt, params, gs, self.inner == 'sgd')
 
 @patch
-def _closed(self:_Meta, scale):
+def _closed(self:MetaCallback, scale):
     if self.features is None or self.dlogits is None: raise ValueError('The closed form saw no gradient at the last linear layer: is it part of the forward pass?')
     xm, ym = self._meta_batch()
     params, wide = list(self.head.parameters()), self.head.weight.dtype
@@ -407,20 +407,20 @@ def _closed(self:_Meta, scale):
     if scale != 1: d = d/scale
     # the gradient of a rank's own mean; the optimiser's is the mean over ranks
     grads = [p.grad/scale if scale != 1 else p.grad for p in params]
-    return closed_form_credit(params, f, d, fm, ym, self._step_of(params), grads, _average)
+    return closed_form_credit(params, f, d, fm, ym, self._step_of(params), grads, mean_over_ranks)
 
 @patch
-def _auto(self:_Meta, scale):
+def _auto(self:MetaCallback, scale):
     xm, ym = self._meta_batch()
     by_name = dict(self.net.named_parameters())
     params = [by_name[n] for n in self.names]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad/scale if scale != 1 else p.grad for p in params]
-    xb, y = [_plain(x) if isinstance(x, Tensor) else x for x in self.xb], _plain(self.y)
+    xb, y = [plain_tensor(x) if isinstance(x, Tensor) else x for x in self.xb], plain_tensor(self.y)
     run = lambda ps, xb: torch.func.functional_call(self.net, dict(zip(self.names, ps)), tuple(xb))
     def losses(ps):
         self._as_before()
-        return self._shares(_plain(run(ps, xb)).float() if scale != 1 else _plain(run(ps, xb)), y)
-    with self._fork(): return autograd_credit(losses, lambda ps: F.cross_entropy(_plain(run(ps, xm)), ym), params, grads, self._step_of(params), _average)
+        return self._shares(plain_tensor(run(ps, xb)).float() if scale != 1 else plain_tensor(run(ps, xb)), y)
+    with self._fork(): return autograd_credit(losses, lambda ps: F.cross_entropy(plain_tensor(run(ps, xm)), ym), params, grads, self._step_of(params), mean_over_ranks)
 
 # %% ../nbs/09_meta.ipynb #b858a3e3
 def _rng(dev): return torch.get_rng_state(), torch.cuda.get_rng_state(dev) if dev.type == 'cuda' else None
@@ -429,22 +429,22 @@ def _set_rng(state, dev):
     if state[1] is not None: torch.cuda.set_rng_state(state[1], dev)
 
 @patch
-def before_batch(self:_Meta):
+def before_batch(self:MetaCallback):
     if self.training and self.head is None: self.rng = _rng(self.psi.w.device)
 
 @patch
-def _fork(self:_Meta):
+def _fork(self:MetaCallback):
     "Random numbers drawn under it leave those of training as they were"
     dev = self.psi.w.device
     return torch.random.fork_rng([dev] if dev.type == 'cuda' else [], enabled=self.random)
 
 @patch
-def _as_before(self:_Meta):
+def _as_before(self:MetaCallback):
     "The random numbers of the training pass (dropout, a loss that draws) once more"
     _set_rng(self.rng, self.psi.w.device)
 
 @patch
-def _shares(self:_Meta, pred, y):
+def _shares(self:MetaCallback, pred, y):
     "Each sample's share of the training loss (b,)"
     lf = self.loss_func
     dev = self.psi.w.device
@@ -463,8 +463,8 @@ def _shares(self:_Meta, pred, y):
 
 # %% ../nbs/09_meta.ipynb #1aa559aa
 @patch
-def after_backward(self:_Meta):
-    y, scale = _plain(self.y), self._scale()
+def after_backward(self:MetaCallback):
+    y, scale = plain_tensor(self.y), self._scale()
     if not self.checked: self._first(y)
     if not any(h['lr'] for h in self.opt.hypers):
         if not self.warned: warnings.warn(f'{type(self).__name__}: the learning rate is 0, so the trial step is nil and the rates learn nothing'); self.warned = True
@@ -480,24 +480,24 @@ def after_backward(self:_Meta):
     self.n_steps += 1
 
 @patch
-def _first(self:_Meta, y):
+def _first(self:MetaCallback, y):
     "Checks that need a batch"
     if y.ndim != 1 or y.is_floating_point(): raise ValueError(f'{type(self).__name__} needs one class index a sample; the targets have shape {tuple(y.shape)} and type {y.dtype}')
     if self.pred.shape != (len(y), len(self.psi.w)): raise ValueError(f'The model gives {tuple(self.pred.shape)} for {len(y)} samples of {len(self.psi.w)} classes')
-    if self.head and self.out is not None and not torch.equal(_plain(self.pred).detach().to(self.out.dtype), self.out):
+    if self.head and self.out is not None and not torch.equal(plain_tensor(self.pred).detach().to(self.out.dtype), self.out):
         raise ValueError("The model's output is not that of its last linear layer, so the closed form does not hold: use backprop='autograd'")
     self.checked = True
 
 # %% ../nbs/09_meta.ipynb #aa295268
 @patch
-def state_dict(self:_Meta) -> dict:
+def state_dict(self:MetaCallback) -> dict:
     "The rates, Adam's state, the generators and the history; for `load_state_dict` of a new callback, before or after its first fit"
     if self.psi is None: raise ValueError(f'{type(self).__name__} has no state before its first fit')
     return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), gen=self.gen.get_state(), meta=self.meta_dl.state_dict(), n_steps=self.n_steps, history=list(self.history),
                 **({'sampler': self.sampler.state_dict()} if hasattr(type(self), 'estimators') else {}))
 
 @patch
-def load_state_dict(self:_Meta, s):
+def load_state_dict(self:MetaCallback, s):
     "Go on from a `state_dict`: at once, or when the first fit begins"
     self.pending = s if self.psi is None else None
     if self.psi is None: return
@@ -511,18 +511,18 @@ def load_state_dict(self:_Meta, s):
 
 # %% ../nbs/09_meta.ipynb #49d1ff35
 @patch
-def plot(self:_Meta, ax=None, title='Learned r_c by class'):
+def plot(self:MetaCallback, ax=None, title='Learned r_c by class'):
     "r_c of each class from common to rare, at the start, half-way and at the end (Ren et al. 2020, supplement Fig. 3)"
     order = self.psi.log_n.cpu().argsort(descending=True, stable=True)
-    ax = _axis(ax, title, xlabel='class, from common to rare', ylabel='r', ylim=(0, 1))
+    ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel='r', ylim=(0, 1))
     points = [*self.history[:1], *self.history[len(self.history)//2:len(self.history)//2 + 1], (self.n_steps, self.psi.r.cpu())]
     for i, (step, r) in enumerate(points): ax.plot(r[order], color=COLORS[(0, 4, 1)[i % 3]], lw=1.5, label=f'step {step:,}')
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/09_meta.ipynb #1c49d0ce
-@delegates(_Meta.__init__)
-class MetaSampler(_Meta):
+@delegates(MetaCallback.__init__)
+class MetaSampler(MetaCallback):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
     estimators = 'gumbel', 'expected'
     def __init__(self,
@@ -557,7 +557,7 @@ class MetaSampler(_Meta):
         if self.estimator == 'gumbel':
             noise = torch.rand(world*len(y), len(self.rates), generator=self.gen, device=credit.device)[rank*len(y):(rank + 1)*len(y)]
             soft = soft_draw(y, self.rates, self.tau, noise)
-        return _average(rate_gradient(credit, y, self.rates, soft, self.tau))
+        return mean_over_ranks(rate_gradient(credit, y, self.rates, soft, self.tau))
 
 # %% ../nbs/09_meta.ipynb #4751bc40
 def weight_gradient(
@@ -573,7 +573,7 @@ def weight_gradient(
     if average: sums = average(sums)
     return sums[0, :-1] - sums[0, -1]/sums[1, -1].clamp_min(torch.finfo(sums.dtype).tiny)*sums[1, :-1]             # 0 where nothing has a weight
 
-class MetaReweighter(_Meta):
+class MetaReweighter(MetaCallback):
     "Weighs the loss of each sample by its class, with weights that it learns against a class-balanced meta set (Ren et al. 2020, supplement B.2)"
     def _ready(self, counts, device): self.log_counts = counts.double().log().to(self.psi.w)
     def _install(self): pass
@@ -583,10 +583,10 @@ class MetaReweighter(_Meta):
         return a/_average(a.mean())
     def after_loss(self):
         if not self.training: return
-        y = _plain(self.y)
+        y = plain_tensor(self.y)
         if y.ndim != 1 or y.is_floating_point(): self._first(y)
         self.weights = self._weights(y)
         if getattr(self.loss_func, 'reduction', 'mean') == 'none': raise ValueError("MetaReweighter needs a loss with reduction 'mean' or 'sum'")
         self.learn.loss_grad = self._shares(self.pred, self.y).sum()
         self.learn.loss = self.learn.loss_grad.detach().clone()
-    def _gradient(self, credit, y): return weight_gradient(credit, y, self.weights, len(self.psi.w), _average)
+    def _gradient(self, credit, y): return weight_gradient(credit, y, self.weights, len(self.psi.w), mean_over_ranks)

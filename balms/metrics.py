@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHOTS', 'COLORS', 'MARKERS', 'per_class_accuracy', 'mean_class_accuracy', 'shot_masks', 'shot_accuracy',
-           'ShotAccuracy', 'shot_metrics', 'marginal_likelihood', 'reliability', 'ece', 'ECE', 'plot_per_class',
-           'plot_marginal', 'plot_reliability']
+           'ShotAccuracy', 'shot_metrics', 'marginal_likelihood', 'reliability', 'ece', 'ECE', 'styled_axis',
+           'plot_curves', 'plot_per_class', 'plot_marginal', 'plot_reliability']
 
 # %% ../nbs/03_metrics.ipynb #16632dac
 import math, torch
 import matplotlib.pyplot as plt
 from torch import Tensor
 from fastai.metrics import AccumMetric
-from .core import class_counts, _positive
+from .core import class_counts, positive_vector
 
 # %% ../nbs/03_metrics.ipynb #5fb1a2ca
 def per_class_accuracy(
@@ -42,7 +42,7 @@ def shot_masks(
     counts, # Training images a class (k,)
 ) -> dict: # Name to bool (k,)
     "Which classes are many-shot (> 100 training images), medium-shot (20 to 100) and few-shot (< 20)"
-    n = _positive(counts)
+    n = positive_vector(counts)
     return {name: (n >= lo) & (n <= hi) for name, (lo, hi) in SHOTS.items()}
 
 def shot_accuracy(
@@ -119,17 +119,17 @@ class ECE(AccumMetric):
 COLORS = ['#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']   # Okabe and Ito's palette
 MARKERS = 'osD^v<>'
 
-def _axis(ax, title, **kw):
+def styled_axis(ax, title, **kw):
     "An axis in the look of this package"
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 2.8), dpi=90)
     ax.spines[['top', 'right']].set_visible(False)
     ax.set(title=title, **kw)
     return ax
 
-def _curves(curves, counts, ax, title, ylabel):
+def plot_curves(curves, counts, ax, title, ylabel):
     "One line a method over the classes, sorted from common to rare"
     order = torch.as_tensor(counts).argsort(descending=True, stable=True)
-    ax = _axis(ax, title, xlabel='class, from common to rare', ylabel=ylabel)
+    ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel=ylabel)
     for i, (name, v) in enumerate(curves.items()):
         v = torch.as_tensor(v)[order.to(torch.as_tensor(v).device)].cpu()
         ax.plot(range(len(v)), v, color=COLORS[i % 7], marker=MARKERS[i % 7] if len(v) <= 30 else None, ms=4, lw=1.5, label=name)
@@ -144,7 +144,7 @@ def plot_per_class(
     title:str='Accuracy by class', # Above the axis
 ):
     "Per-class accuracy over the classes, from common to rare"
-    ax = _curves(accs, counts, ax, title, 'accuracy')
+    ax = plot_curves(accs, counts, ax, title, 'accuracy')
     ax.set_ylim(0, 1.02)
     return ax
 
@@ -155,7 +155,7 @@ def plot_marginal(
     title:str='p(y) on the test set', # Above the axis
 ):
     "Marginal likelihood over the classes, from common to rare; flat, at 1/k, is unbiased (Ren et al. 2020, Fig. 1)"
-    ax = _curves(pys, counts, ax, title, 'p(y)')
+    ax = plot_curves(pys, counts, ax, title, 'p(y)')
     ax.axhline(1/len(counts), color='#777777', lw=1, ls=':')
     ax.set_ylim(0, None)
     return ax
@@ -167,7 +167,7 @@ def plot_reliability(
     title:str='Reliability', # Above the axis
 ):
     "Accuracy over confidence; below the diagonal the classifier is too sure of itself"
-    ax = _axis(ax, title, xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
+    ax = styled_axis(ax, title, xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
     ax.plot([0, 1], [0, 1], color='#777777', lw=1, ls=':')
     for i, (name, (p, t)) in enumerate(preds.items()):
         conf, acc, share = (v.cpu() for v in reliability(p, t, n_bins))

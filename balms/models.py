@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'BasicBlock', 'with_classifier', 'resnet_cifar', 'small_cnn', 'body_fc', 'find_classifier',
-           'classifier_input', 'split_classifier', 'resnet10', 'load_weights', 'get_model']
+           'classifier_input', 'split_classifier', 'resnet10', 'read_tensors', 'load_weights', 'model_source',
+           'get_model']
 
 # %% ../nbs/06_models.ipynb #bbc53dde
 import difflib, io, os, pickletools, re, torch, torch.nn.functional as F
@@ -198,7 +199,7 @@ def _check_dense(o):
         if isinstance(o, torch.Tensor) and (o.layout != torch.strided or o.is_quantized or o.is_nested or o.device.type != 'cpu'): raise ValueError('a tensor in it is not a dense array')
         todo += [*dict.keys(o), *dict.values(o)] if isinstance(o, dict) else o if isinstance(o, (list, tuple, set)) else []
 
-def _tensors(path):
+def read_tensors(path):
     "What a file of `torch.save` holds; nothing in it is executed. Raises `ValueError` that names a file that is damaged, or holds more than dense tensors and plain values, and `OSError` for one that cannot be read now"
     try: data = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError: raise FileNotFoundError(f'No file of weights {path}') from None
@@ -216,7 +217,7 @@ def _tensors(path):
 # %% ../nbs/06_models.ipynb #301d84ba
 def _read_weights(path):
     "{name: tensor} of a file of weights, without wrappers"
-    s = _tensors(path)
+    s = read_tensors(path)
     for key in ('state_dict', 'model'):
         if isinstance(s, dict) and isinstance(dict.get(s, key), dict): s = s[key]
     s = dict(s) if isinstance(s, dict) else {}
@@ -245,7 +246,7 @@ def load_weights(
     return [f'{k} {tuple(s[k].shape)}' for k in out]
 
 # %% ../nbs/06_models.ipynb #f3320df2
-def _known(name):
+def model_source(name):
     "Where a network comes from, 'torchvision' or 'timm', or a `ValueError` with what is near"
     import torchvision
     ours = torchvision.models.list_models(module=torchvision.models)
@@ -274,7 +275,7 @@ def _only_tensors():
 
 def _build(name, num_classes, in_channels, weights):
     "A network of torchvision or timm with published weights, or none"
-    if _known(name) == 'timm':
+    if model_source(name) == 'timm':
         import timm
         net = timm.create_model(name.removeprefix('timm/'), pretrained=_published(name, weights, ['DEFAULT']) is not None, num_classes=num_classes, in_chans=in_channels)
         return split_classifier(net, net.pretrained_cfg.get('input_size', (3, 224, 224))[-1], in_channels)

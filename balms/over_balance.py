@@ -12,7 +12,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from .core import class_counts
-from .metrics import _curves, plot_marginal
+from .metrics import plot_curves, plot_marginal
 
 # %% ../nbs/08_over_balance.ipynb #52bd0130
 def _rows(x):
@@ -108,7 +108,7 @@ def plot(self:OverBalance,
     if axs is None: axs = plt.subplots(1, 1 if py.isnan().any() else 2, figsize=(8.4, 2.8), dpi=90, squeeze=False, layout='constrained')[1][0]
     axs = axs if hasattr(axs, '__len__') else [axs]
     share = lambda v: v[epoch]/v[epoch].sum()
-    _curves({'raises the logit (its own samples)': share(self.positive), 'lowers it (those of others)': share(self.negative)}, self.counts, axs[0], title, 'share of all classes')
+    plot_curves({'raises the logit (its own samples)': share(self.positive), 'lowers it (those of others)': share(self.negative)}, self.counts, axs[0], title, 'share of all classes')
     axs[0].axhline(1/len(self.counts), color='#777777', lw=1, ls=':'); axs[0].set_ylim(0, None)
     if len(axs) > 1: plot_marginal({'p(y)': py}, self.counts, axs[1])
     return axs

@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'AUGMENTS', 'IMBALANCE', 'LIST_AUGMENTS', 'SCORES', 'PAPER', 'TABLES', 'Method', 'in_lists',
-           'Recipe', 'warmup_cosine', 'Schedule', 'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'read_ledger',
-           'evaluate', 'run', 'mean_se', 'summary', 'format_table', 'plot_runs', 'plot_rates', 'paper_table']
+           'Recipe', 'warmup_cosine', 'Schedule', 'Interrupted', 'TrainOnly', 'Checkpoint', 'data_crc', 'Execution',
+           'recipe_learner', 'seed_ranks', 'fit_stage', 'environment', 'read_ledger', 'evaluate', 'run', 'mean_se',
+           'summary', 'format_cell', 'run_title', 'format_table', 'finish_figure', 'plot_runs', 'plot_rates',
+           'paper_table']
 
 # %% ../nbs/12_recipes.ipynb #13380825
 import json, math, os, platform, re, signal, subprocess, threading, time, uuid, warnings, zlib
@@ -31,13 +33,13 @@ from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
 from .augment import AutoAugmentCutout, CropFlip
 from .baselines import CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss, SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling
-from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits, class_counts, _plain
-from .data import DATASETS, ArrayDataset, ShuffledIndices, _imbalance, load_data, data_root, long_tail, array_dls, mixed_seed, _write
-from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, _curves
+from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits, class_counts, plain_tensor
+from .data import DATASETS, ArrayDataset, ShuffledIndices, check_imbalance, load_data, data_root, long_tail, array_dls, mixed_seed, write_file
+from .metrics import shot_accuracy, per_class_accuracy, marginal_likelihood, ece, plot_per_class, plot_marginal, plot_curves
 from .image_lists import LIST_FACTS, ImageList, PackedDataset, find_lists, list_dls, load_lists, read_list
-from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, _head_opt
+from .decoupled import ClassifierOnly, ScaledLinear, feature_bank, nearest_class_mean, replace_classifier, tau_normalize, classifier_optimizer
 from .meta import MetaReweighter, MetaSampler
-from .models import MODELS, get_model, body_fc, find_classifier, _known as _known_model, _tensors
+from .models import MODELS, get_model, body_fc, find_classifier, model_source, read_tensors
 from .samplers import ClassSampler, SampledDL, sampling_rates
 from .speed import DeviceLoss, FastLoop
 from .scale import Distributed, FrozenPieces, MicroBatches, Ranks, ending_together, start_ranks
@@ -202,9 +204,9 @@ def _values(self:Recipe):
     if extra := [k for k in _second if getattr(self, k) is not None and k not in self.defaults]: raise ValueError(f'{", ".join(extra)}: the method {self.method!r} has no {"learned rates" if METHODS[self.method].two_stages else "second stage"}')
     for name in ('lr', 'warmup_lr', 'wd', 'momentum', 'lr2', 'meta_lr', 'meta_beta2'):
         if not 0 <= (getattr(self, name) or 0) < (1 if name in ('momentum', 'meta_beta2') else math.inf): raise ValueError(f'{name} must be 0 or more{", and below 1" if name in ("momentum", "meta_beta2") else ""}, not {getattr(self, name)}')
-    if self.model not in MODELS: _known_model(self.model)
+    if self.model not in MODELS: model_source(self.model)
     for name, choices in (('augment', self._augments), ('precision', ('float32', 'bfloat16', 'float16'))): self._known(name, choices)
-    if self.imbalance is not None and float(_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
+    if self.imbalance is not None and float(check_imbalance(self.imbalance)).is_integer(): object.__setattr__(self, 'imbalance', int(self.imbalance))   # 50. and 50 are one recipe
     if in_lists(self.data): self._list_values()
     if self.size and self.data in DATASETS: raise ValueError(f'size is for folders of images; {self.data} has its own')
     for name, low in (('iters', 1), ('bs', 1), ('warmup', 0), ('size', 1), ('threads', 1), ('iters2', 1), ('views', 0), ('bs2', 1), ('meta_bs', 1)):
@@ -318,7 +320,7 @@ def _odd(d, kinds):
 
 def _checkpoint(path, about):
     "What `_save` wrote. Raises `ValueError` that names a file that is damaged, no checkpoint, or of another run"
-    saved = _tensors(path)
+    saved = read_tensors(path)
     if odd := _odd(saved, _SAVED) or _odd(saved['about'], dict(recipe=str, train_crc=int)): raise ValueError(f'{path} is no checkpoint of this package: {odd} is missing, or of another kind')
     if saved['step'] < 0 or not 0 <= saved['seconds'] < math.inf: raise ValueError(f'{path} is no checkpoint of this package: step {saved["step"]}, {saved["seconds"]} seconds')
     if saved['about'] != about: raise ValueError(f'{path} belongs to another recipe or to other images. Use another output folder')
@@ -448,7 +450,7 @@ def data_crc(
     return zlib.crc32(ds.targets.cpu().numpy(), zlib.crc32(images))
 
 @dataclass
-class _How:
+class Execution:
     "What decides how a run is done, and not what it is"
     device: torch.device # Of this process
     compile: bool = False
@@ -461,7 +463,7 @@ class _How:
     @property
     def said(self) -> dict:
         "What a checkpoint says of how it came about: a run that goes on in another way has several of these"
-        return {**self.row, **{k: v for k, v in _environment(self.device).items() if k != 'date'}}
+        return {**self.row, **{k: v for k, v in environment(self.device).items() if k != 'date'}}
     @property
     def row(self) -> dict:
         "What of it a row of the ledger has beside the rest"
@@ -495,9 +497,9 @@ def _network(recipe, train, method, how, weights):
     if method.head: replace_classifier(net, method.head(net.fc.in_features, train.c))
     return nn.SyncBatchNorm.convert_sync_batchnorm(net) if how.sync_bn else net
 
-def _learner(recipe, train, test, counts, device, compile=False, how=None, bs=None, weights=None):
+def recipe_learner(recipe, train, test, counts, device, compile=False, how=None, bs=None, weights=None):
     "A `Learner` for a recipe: network, batches, loss and optimiser, all from its seed"
-    how, method = how or _How(device, compile), METHODS[recipe.method]
+    how, method = how or Execution(device, compile), METHODS[recipe.method]
     torch.manual_seed(recipe.seed)
     dls, augment = _loaders(recipe, train, test, counts, how, bs or recipe.bs)
     net = _network(recipe, train, method, how, weights)
@@ -511,7 +513,7 @@ def _learner(recipe, train, test, counts, device, compile=False, how=None, bs=No
     if recipe.precision != 'float32': learn.add_cb(MixedPrecision(amp_mode=AMPMode.BF16 if recipe.precision == 'bfloat16' else AMPMode.FP16))
     return learn
 
-def _apart(learn, recipe, how):
+def seed_ranks(learn, recipe, how):
     "Before training on several processes: random numbers of its own for each"
     if how.ranks.world == 1: return
     learn.recorder.smooth_loss = DeviceLoss()                         # fastai's own would be gathered from all, in every step
@@ -536,7 +538,7 @@ def _taking(folder, ranks):
         ranks.first(lambda: stack.enter_context(_alone(folder)) and None)
         yield
 
-def _fit(learn, recipe, folder, *args, **kwargs):
+def fit_stage(learn, recipe, folder, *args, **kwargs):
     "`_fit_alone`, when it is this run's turn in the folder"
     how = kwargs.get('how') or args[3]
     with _taking(folder, how.ranks): return _fit_alone(learn, recipe, folder, *args, **kwargs)
@@ -574,12 +576,12 @@ def _cut(how, method, second=False):
 
 def _stage1(recipe, out, train, test, counts, how, crc, **kwargs):
     "The trained `Learner` of a recipe without a second stage, and what was saved"
-    learn = _learner(recipe, train, test, counts, how.device, how.compile, how, weights=recipe.weights)
-    _apart(learn, recipe, how)
+    learn = recipe_learner(recipe, train, test, counts, how.device, how.compile, how, weights=recipe.weights)
+    seed_ranks(learn, recipe, how)
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     method = METHODS[recipe.method]
     cbs = ([method.meta(seed=recipe.seed)] if method.meta else []) + (method.cbs(counts) if method.cbs else [])
-    return learn, _fit(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
+    return learn, fit_stage(learn, recipe, out/recipe.key, recipe.iters, lr_at, crc, how, [*cbs, *_cut(how, method)], **kwargs)
 
 def _on_features(learn, recipe, head, how):
     "A `Learner` of the classifier alone, on a bank of features, with the settings of `learn`"
@@ -589,7 +591,7 @@ def _on_features(learn, recipe, head, how):
     sampler = ShuffledIndices(len(bank), recipe.seed, **kw) if rates is None else ClassSampler(bank, rates, recipe.seed, bank.c, device=bank.images.device, **kw)
     dls = array_dls(bank, bank, bs=how.ranks.share(recipe.bs2 or recipe.bs), sampler=sampler, seed=recipe.seed, device=learn.dls.device)
     inner = Learner(dls, head, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=recipe.lr2, wd_bn_bias=True, train_bn=False)
-    inner.opt, inner.create_mbar, inner.logger = _head_opt(inner, head), False, noop
+    inner.opt, inner.create_mbar, inner.logger = classifier_optimizer(inner, head), False, noop
     return inner
 
 def _after(before, saved):
@@ -598,18 +600,18 @@ def _after(before, saved):
 
 def _stage2(recipe, out, train, test, counts, how, crc, **kwargs):
     "The `Learner` of stage 1 with its classifier trained anew, and what was saved"
-    method, learn = METHODS[recipe.method], _learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
+    method, learn = METHODS[recipe.method], recipe_learner(recipe, train, test, counts, how.device, how.compile, how, recipe.bs2)
     learn.model.load_state_dict((before := how.ranks.first(lambda: _checkpoint(out/recipe.first.key/'model.pt', _about(recipe.first, crc))))['model'])
     head = find_classifier(learn.model)
     if method.scales: head = ScaledLinear(head); replace_classifier(learn.model, head)
     else: head.reset_parameters()
     cbs = [method.meta(lr=recipe.meta_lr, betas=(.9, recipe.meta_beta2), init_pow=recipe.init_pow, seed=recipe.seed, meta_bs=recipe.meta_bs and how.ranks.share(recipe.meta_bs, 'meta_bs'))] if method.meta else []
     inner = learn if not recipe.views else _on_features(learn, recipe, head, how)
-    _apart(inner, recipe, how)
-    if inner is learn: learn.opt, cbs = _head_opt(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
+    seed_ranks(inner, recipe, how)
+    if inner is learn: learn.opt, cbs = classifier_optimizer(learn, head), [ClassifierOnly(recipe.bn_drift), *cbs]
     cbs += [cb for cb in _cut(how, method, True) if inner is learn or isinstance(cb, Distributed)]
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
-    saved = _fit(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
+    saved = fit_stage(inner, recipe, out/recipe.key, recipe.iters2, lr_at, crc, how, cbs, learn, **kwargs)
     _after(before, saved)
     if method.scales: replace_classifier(learn.model, head.folded())
     return learn, saved
@@ -621,7 +623,7 @@ def _commit():
     try: return git('describe', '--always', '--dirty', '--exclude=*') if (Path(git('rev-parse', '--show-toplevel'))/'nbs'/'12_recipes.ipynb').exists() else None
     except (OSError, subprocess.SubprocessError): return None
 
-def _environment(device):
+def environment(device):
     "What a number depends on besides the recipe"
     return dict(balms=balms.__version__, commit=_commit(), torch=str(torch.__version__), fastai=fastai.__version__, python=platform.python_version(),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, threads=torch.get_num_threads(),
@@ -743,7 +745,7 @@ def _logits(learn, how):
         with learn.no_bar(): return learn.get_preds(act=noop)
     learn.model.eval()
     with torch.no_grad(), learn.mixed_precision.autocast if getattr(getattr(learn, 'mixed_precision', None), 'autocast', None) else nullcontext():
-        parts = [(_plain(learn.model(x)).float().cpu(), _plain(y).cpu()) for x, y in learn.dls.valid]
+        parts = [(plain_tensor(learn.model(x)).float().cpu(), plain_tensor(y).cpu()) for x, y in learn.dls.valid]
     return tuple(torch.cat([p[i] for part in how.ranks.gather(parts) for p in part]) for i in (0, 1))
 
 def _rebuild(learn, method, recipe, how):
@@ -770,7 +772,7 @@ def _run(recipe, out, train, test, how, progress, stop_at):
     logits, targs = _logits(learn, how)
     if method.adjust: logits = method.adjust(logits, counts)
     return dict(key=recipe.key, recipe=recipe.row, changed=recipe.changed, **evaluate(logits, targs, counts), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                counts=counts.tolist(), train_crc=crc, **how.row, **_environment(how.device), **_under(saved, how))
+                counts=counts.tolist(), train_crc=crc, **how.row, **environment(how.device), **_under(saved, how))
 
 def _under(saved, how):
     "What a row says if some of its training was done in another way, or by other versions, than what it says besides"
@@ -831,7 +833,7 @@ def run(
     "Train by a recipe, evaluate once on the last weights, append a row to `out/ledger.jsonl`. Takes up what an interrupted run left."
     if micro_bs is not None and micro_bs < 1: raise ValueError(f'micro_bs must be 1 or more, not {micro_bs}')
     ranks, device = start_ranks(device)
-    how, out = _How(device, compile, ranks, micro_bs, sync_bn, workers, decode, every), Path(out).expanduser()
+    how, out = Execution(device, compile, ranks, micro_bs, sync_bn, workers, decode, every), Path(out).expanduser()
     with ending_together(ranks):
         ranks.first(lambda: _writable(out))
         if ranks.world > 1: ranks.first(lambda: _load(recipe, root, lists, pack, skip_missing) and None)   # one of them downloads, and fills the cache
@@ -916,9 +918,9 @@ def _grid(title, head, body, markdown):
     w = [max(len(r[i]) for r in (head, *body)) for i in range(len(head))]
     return '\n'.join([title, *('  '.join(c.ljust(w[0]) if i == 0 else c.rjust(w[i]) for i, c in enumerate(r)) for r in (head, *body))])
 
-def _cell(m, se): return '-' if math.isnan(m) else f'{m:.1f}' if math.isnan(se) else f'{m:.1f} ± {se:.1f}'
+def format_cell(m, se): return '-' if math.isnan(m) else f'{m:.1f}' if math.isnan(se) else f'{m:.1f} ± {se:.1f}'
 
-def _title(data, imbalance, preset):
+def run_title(data, imbalance, preset):
     return f'{Path(data).name}, {"its own tail" if imbalance is None else f"imbalance {imbalance:g}"}, preset {preset}'
 
 def format_table(
@@ -930,8 +932,8 @@ def format_table(
     for (data, imb, preset), ms in summary(rows).items():
         paper = PAPER.get((data, imb), {}) if preset in ('paper', 'code') else {}
         head = ['method', *SCORES, 'seeds', 'seconds'] + (['paper'] if paper else [])
-        body = [[METHODS[m].title if m in METHODS else m, *(_cell(*s[k]) for k in SCORES), str(s['n']), f'{s["seconds"]:.0f}'] + ([_cell(*paper.get(m, (math.nan, 0)))] if paper else []) for m, s in ms.items()]
-        out.append(_grid(_title(data, imb, preset), head, body, markdown))
+        body = [[METHODS[m].title if m in METHODS else m, *(format_cell(*s[k]) for k in SCORES), str(s['n']), f'{s["seconds"]:.0f}'] + ([format_cell(*paper.get(m, (math.nan, 0)))] if paper else []) for m, s in ms.items()]
+        out.append(_grid(run_title(data, imb, preset), head, body, markdown))
     return '\n\n'.join(out) or 'The ledger is empty.'
 
 # %% ../nbs/12_recipes.ipynb #b56e9dee
@@ -946,12 +948,12 @@ def _by_method(rows):
     n = max(map(len, by.values()))
     mean = lambda k: {METHODS[m].title if m in METHODS else m: torch.tensor([r[k] for r in by[m]]).mean(0) for m in [*(m for m in METHODS if m in by), *(m for m in by if m not in METHODS)] if k in by[m][0]}
     data, imbalance, preset, changed = same.pop()
-    return mean, _title(data, imbalance, preset + (f' ({changed})' if changed else '')) + f', mean over {n} seed' + 's'*(n > 1)
+    return mean, run_title(data, imbalance, preset + (f' ({changed})' if changed else '')) + f', mean over {n} seed' + 's'*(n > 1)
 
-def _finish(fig, title, path):
+def finish_figure(fig, title, path):
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
-    if path: _write(Path(path), lambda f: fig.savefig(f, format=Path(path).suffix[1:] or None)); plt.close(fig)
+    if path: write_file(Path(path), lambda f: fig.savefig(f, format=Path(path).suffix[1:] or None)); plt.close(fig)
     return fig
 
 def plot_runs(
@@ -963,7 +965,7 @@ def plot_runs(
     fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
     plot_per_class(mean('per_class'), rows[0]['counts'], axs[0])
     plot_marginal(mean('p_y'), rows[0]['counts'], axs[1])
-    return _finish(fig, title, path)
+    return finish_figure(fig, title, path)
 
 def plot_rates(
     rows:list, # Rows of a ledger with one data set, imbalance and preset; some with learned rates
@@ -974,9 +976,9 @@ def plot_rates(
     if not mean('r'): raise ValueError('None of these rows has learned rates: run a method with a Meta Sampler or Meta Reweighter')
     fig, axs = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110)
     r, p_y = mean('r'), mean('p_y')
-    _curves(r, rows[0]['counts'], axs[0], 'Learned r by class', 'r').set_ylim(0, 1)
+    plot_curves(r, rows[0]['counts'], axs[0], 'Learned r by class', 'r').set_ylim(0, 1)
     plot_marginal({m: p_y[m] for m in [*r, *(m for m in p_y if m not in r)]}, rows[0]['counts'], axs[1])   # one colour a method
-    return _finish(fig, title, path)
+    return finish_figure(fig, title, path)
 
 # %% ../nbs/12_recipes.ipynb #b5f396ac
 def paper_table(
@@ -992,8 +994,8 @@ def paper_table(
     ours, beside = {(d, i): ms for (d, i, p), ms in summary(rows).items() if p == preset}, preset != 'small'
     def cell(c, m):
         s = ours.get(c, {}).get(m)
-        text = f'{_cell(*s["overall"])} ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
-        return f'{text} / {_cell(*paper[c][m])}' if beside else text
+        text = f'{format_cell(*s["overall"])} ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
+        return f'{text} / {format_cell(*paper[c][m])}' if beside else text
     head = ['method', *(f'{d} {i}' for d, i in paper)]
     names = {m: METHODS[m].title if m in METHODS else m for m in methods}
     title = f'Table {table}, preset {preset}: ours, mean ± standard error (seeds)' + beside*' / the paper'

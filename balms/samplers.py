@@ -18,15 +18,15 @@ from fastai.callback.core import Callback
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.torch_core import set_seed, to_device
 from fastcore.basics import patch
-from .core import class_counts, _few, _labels, _positive
+from .core import class_counts, list_classes, read_labels, positive_vector
 from .data import ArrayDL, mixed_seed
 
 # %% ../nbs/07_samplers.ipynb #3ec973a4
 def _nonnegative(v, name):
-    "`v` as a float64 vector on the CPU: `_positive`, but for zeros, of which there may be some"
+    "`v` as a float64 vector on the CPU: `positive_vector`, but for zeros, of which there may be some"
     if not isinstance(v, Tensor): v = torch.as_tensor(v, dtype=torch.float64)
     v = v.detach().as_subclass(Tensor).to('cpu', torch.float64)
-    _positive(torch.where(v == 0, 1., v), name)
+    positive_vector(torch.where(v == 0, 1., v), name)
     if not v.any(): raise ValueError(f'{name} is zero for every class')
     return v
 
@@ -62,7 +62,7 @@ class ClassSampler(Sampler):
         device='cpu', # Where indices are drawn
     ):
         if hasattr(labels, 'train_ds'): labels, num_classes = labels.train_ds, num_classes or getattr(labels, 'c', None)
-        y = _labels(labels).as_subclass(Tensor).cpu()
+        y = read_labels(labels).as_subclass(Tensor).cpu()
         if y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
         if y.ndim == 2: raise ValueError(f'ClassSampler draws one class an image, but these labels are multi-label, in rows of shape {tuple(y.shape)}')
         if not len(y): raise ValueError('There are no images to draw from')
@@ -98,7 +98,7 @@ def set_rates(self:ClassSampler,
     if check or check is None and r.device.type == 'cpu':
         if not (low >= 0 and 0 < high < math.inf): _nonnegative(r, 'rates')      # raises, and says what is wrong and where
         none = (r.cpu() > 0) & (self.counts == 0)
-        if none.any(): raise ValueError(f'rates is positive for classes {_few(none)}, which have no images')
+        if none.any(): raise ValueError(f'rates is positive for classes {list_classes(none)}, which have no images')
     r = (r/high).to(self.device)                                         # the sum is finite on any scale
     self._set(r/r.sum())
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.callback.core import Callback, CancelStepException
 from fastai.torch_core import default_device
 from fastcore.basics import patch
-from .core import _plain
+from .core import plain_tensor
 from .models import find_classifier
 
 # %% ../nbs/11b_scale.ipynb #d9f059c2
@@ -55,7 +55,7 @@ class MicroBatches(Callback):
     def _one_batch(self):
         learn = self.learn
         if not self.training: return type(learn)._do_one_batch(learn)
-        learn.pred, learn.loss_grad = self._pieces(self.mean(batch_weight(learn.loss_func, _plain(self.y), self.dls.c)))
+        learn.pred, learn.loss_grad = self._pieces(self.mean(batch_weight(learn.loss_func, plain_tensor(self.y), self.dls.c)))
         learn.loss = learn.loss_grad.clone()
         for event in ('after_pred', 'after_loss', 'before_backward', 'after_backward'): learn(event)
         learn._with_events(learn._step, 'step', CancelStepException)
@@ -79,7 +79,7 @@ def _pieces(self:MicroBatches, weight):
                 (loss if scaler is None else scaler.scale(loss)).backward()
         total = total + loss.detach(); preds.append(pred.detach())
     preds = torch.cat(preds)
-    if not self.compared: self._compare(preds, total*weight/batch_weight(learn.loss_func, _plain(self.y), self.dls.c), rng)
+    if not self.compared: self._compare(preds, total*weight/batch_weight(learn.loss_func, plain_tensor(self.y), self.dls.c), rng)
     return preds, total
 
 @patch
@@ -204,6 +204,6 @@ class Distributed(Callback):
         self.learn.model = DistributedDataParallel(self.model, device_ids=[p.device.index] if p.is_cuda else None)
     def after_loss(self):
         if not (self.training and self.weighted): return
-        z = batch_weight(self.learn.loss_func, _plain(self.y), self.dls.c)
+        z = batch_weight(self.learn.loss_func, plain_tensor(self.y), self.dls.c)
         self.learn.loss_grad = self.learn.loss_grad*(z/self.ranks.mean(z))
     def after_fit(self): self.learn.model = getattr(self.model, 'module', self.model)

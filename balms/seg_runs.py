@@ -21,9 +21,9 @@ from .instance_seg import SEG_METHODS, TABLE4, InstanceSeg, RoIReweighter, box_c
 from .data import data_root
 from .decoupled import ScaledLinear
 from .lvis import Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls, read_annotations
-from .models import _tensors
-from .recipes import Interrupted, mean_se, read_ledger, _after, _apart, _append, _environment, _fit, _found, _How, _under, _usable, _writable
-from .meta import _average
+from .models import read_tensors
+from .recipes import Interrupted, mean_se, read_ledger, _after, seed_ranks, _append, environment, fit_stage, _found, Execution, _under, _usable, _writable
+from .meta import mean_over_ranks
 from .scale import Distributed, Ranks, ending_together, start_ranks
 
 # %% ../nbs/14a_seg_runs.ipynb #9610add3
@@ -151,7 +151,7 @@ def _total(anns):
 
 def _weigh(learn, method, n):
     "Give the heads the fixed weights of a method, if it has some"
-    if method.weights: learn.model.roi_heads.row_weights = partial(region_weights, weights=method.weights(n).to(learn.dls.device), average=_average)
+    if method.weights: learn.model.roi_heads.row_weights = partial(region_weights, weights=method.weights(n).to(learn.dls.device), average=mean_over_ranks)
 
 def _counts(recipe, anns):
     "Images with each class, as the losses take them"
@@ -178,9 +178,9 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     first, m, stop_at = recipe.first, SEG_METHODS[recipe.method], kwargs.pop('stop_at', None)
     if m.stage1 and (m.head, m.background) != ((f := SEG_METHODS[m.stage1]).head, f.background): raise ValueError(f'{m.title} starts from {f.title}, so head and background are those of that method')
     learn, later = _seg_learner(first, train, valid, how), stop_at is not None and m.stage1 and stop_at > first.iters
-    _apart(learn, first, how)
+    seed_ranks(learn, first, how)
     lr_at = partial(step_drops, lr=first.lr, drops=first.drops, warmup=first.warmup)
-    saved = _fit(learn, first, out/first.key, first.iters, lr_at, crc, how, _ranks_cbs(how), stop_at=None if later else stop_at, **kwargs)
+    saved = fit_stage(learn, first, out/first.key, first.iters, lr_at, crc, how, _ranks_cbs(how), stop_at=None if later else stop_at, **kwargs)
     if not m.stage1: return learn, saved, saved['seconds']
     second = _seg_learner(first, train, valid, how)                   # batches and optimiser of its own
     second.model.load_state_dict(learn.model.state_dict())
@@ -188,10 +188,10 @@ def _stages(recipe, out, train, valid, crc, how, **kwargs):
     box_classifier_learner(second, m.loss(_counts(recipe, train), _total(train)), m.scales)
     _weigh(second, m, _counts(recipe, train))
     torch.manual_seed(recipe.seed + 1)
-    _apart(second, recipe, how)
+    seed_ranks(second, recipe, how)
     meta_dl = instance_dls(train, bs=how.ranks.share(recipe.meta_bs, 'meta_bs'), num_workers=how.workers or 0, seed=recipe.seed + 1, device=how.device, rank=how.ranks.rank, world_size=how.ranks.world).train if recipe.meta_bs else None
     cbs = ([RoIReweighter(recipe.meta_lr, meta_dl=meta_dl)] if m.meta else []) + _ranks_cbs(how)
-    done = _fit(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
+    done = fit_stage(second, recipe, out/recipe.key, recipe.iters2, partial(step_drops, lr=recipe.lr2, drops=recipe.drops2), crc, how, cbs, stop_at=stop_at - first.iters if later else None, **kwargs)
     _after(saved, done)
     return second, done, saved['seconds'] + done['seconds']
 
@@ -228,7 +228,7 @@ def run_instance_seg(
     "Train by a recipe, evaluate once on the last weights, append a row to `out/instance_seg/ledger.jsonl`. Takes up what an interrupted run left. Raises `Interrupted`, and `ValueError` or `FloatingPointError` for what cannot be trained."
     ranks, device = start_ranks(device)
     if recipe.precision != 'float32' and device.type != 'cuda': raise ValueError(f'precision {recipe.precision!r} needs a CUDA device; this is {device.type!r}')
-    how, out = _How(device, ranks=ranks, workers=workers, every=every), Path(out).expanduser()/'instance_seg'
+    how, out = Execution(device, ranks=ranks, workers=workers, every=every), Path(out).expanduser()/'instance_seg'
     with ending_together(ranks):
         ranks.first(lambda: _writable(out))
         (train, crc), (valid, valid_crc) = _annotations(train, images), _annotations(valid, images)
@@ -237,7 +237,7 @@ def run_instance_seg(
             return row
         learn, saved, seconds = _stages(recipe, out, train, valid, crc, how, progress=progress, stop_at=stop_at)
         row = dict(key=recipe.key, recipe=asdict(recipe), changed=recipe.changed, **_evaluate(learn, valid, how, recipe.precision), seconds=round(seconds, 2), **({'r': [round(x, 5) for x in saved['r']]} if saved.get('r') else {}),
-                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, valid_crc=valid_crc, processes=ranks.world, **_environment(device), **_under(saved, how))
+                   image_counts=train.image_counts.tolist(), groups=''.join(train.groups), images=len(train), valid=valid.path.name, train_crc=crc, valid_crc=valid_crc, processes=ranks.world, **environment(device), **_under(saved, how))
         return ranks.first(lambda: _append(out/'ledger.jsonl', row) or row)
 
 # %% ../nbs/14a_seg_runs.ipynb #6573be2a
@@ -302,7 +302,7 @@ def load_detector(
     m, n = SEG_METHODS[recipe.method], _counts(recipe, a)
     with torch.random.fork_rng([]): net = _network(replace(recipe.first, weights='none'), n, _total(a))
     if m.scales: heads = net.roi_heads; heads.box_predictor.cls_score = ScaledLinear(heads.box_predictor.cls_score)
-    net.load_state_dict(_tensors(path)['model'])
+    net.load_state_dict(read_tensors(path)['model'])
     net.roi_heads.set_loss(m.loss(n, _total(a)))
     return net.eval()
 

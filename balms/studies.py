@@ -15,9 +15,9 @@ from .core import class_counts
 from .data import data_root, load_data, long_tail
 from .decoupled import feature_bank
 from .image_lists import LIST_FACTS, sample_tree
-from .metrics import COLORS, MARKERS, plot_marginal, _axis, _curves
-from .models import _tensors
-from .recipes import IMBALANCE, METHODS, TABLES, Recipe, format_table, mean_se, run, summary, _cell, _finish, _learner, _title
+from .metrics import COLORS, MARKERS, plot_marginal, styled_axis, plot_curves
+from .models import read_tensors
+from .recipes import IMBALANCE, METHODS, TABLES, Recipe, format_table, mean_se, run, summary, format_cell, finish_figure, recipe_learner, run_title
 
 # %% ../nbs/12a_studies.ipynb #6eb923fd
 class Study:
@@ -115,9 +115,9 @@ def plot_methods(
         v = [ms[m][s] for m in order]
         if all(math.isnan(x) for x, _ in v): continue
         ax.errorbar([x for x, _ in v], range(len(order)), xerr=[0 if math.isnan(e) else e for _, e in v], fmt=MARKERS[i], color=[*COLORS[6:], *COLORS][i], ms=6 if s == 'overall' else 4, label=s)
-    _axis(ax, '', xlabel='accuracy in %', yticks=range(len(order)), yticklabels=[METHODS[m].title if m in METHODS else m for m in order])
+    styled_axis(ax, '', xlabel='accuracy in %', yticks=range(len(order)), yticklabels=[METHODS[m].title if m in METHODS else m for m in order])
     ax.grid(axis='y', lw=.4); ax.legend(frameon=False, fontsize=8, ncol=4, loc='lower left', bbox_to_anchor=(0, 1))
-    return _finish(fig, _title(*group) + f', {" to ".join(map(str, sorted({min(ns), max(ns)})))} seeds', path)
+    return finish_figure(fig, run_title(*group) + f', {" to ".join(map(str, sorted({min(ns), max(ns)})))} seeds', path)
 
 # %% ../nbs/12a_studies.ipynb #d8677ce1
 def plot_imbalances(
@@ -137,7 +137,7 @@ def plot_imbalances(
         ax.get_legend().set_title('imbalance', dict(size=8))
         if ax is not axs[0, 0]: ax.set_ylabel('')
     r = rows[0]
-    return _finish(fig, f'{Path(r["recipe"]["data"]).name}, preset {r["recipe"]["preset"]}' + ''.join(f', {k}={v}' for k, v in r['changed'].items()), path)
+    return finish_figure(fig, f'{Path(r["recipe"]["data"]).name}, preset {r["recipe"]["preset"]}' + ''.join(f', {k}={v}' for k, v in r['changed'].items()), path)
 
 # %% ../nbs/12a_studies.ipynb #7dcc2700
 @patch
@@ -152,8 +152,8 @@ def features(self:Study,
     if self.said in LIST_FACTS: raise ValueError('features are for data sets in memory, not for images in lists')
     train, test = load_data(recipe.data, self.root)
     train = long_tail(train, recipe.imbalance, recipe.split_seed)
-    learn = _learner(recipe, train, test, class_counts(train), device)
-    learn.model.load_state_dict(_tensors(self.out/recipe.key/'model.pt')['model'])
+    learn = recipe_learner(recipe, train, test, class_counts(train), device)
+    learn.model.load_state_dict(read_tensors(self.out/recipe.key/'model.pt')['model'])
     bank = feature_bank(learn, 1, 1)
     return bank.images.cpu(), bank.targets.cpu()
 
@@ -173,9 +173,9 @@ def plot_features(self:Study,
         f, y = self.features(m, imbalance, seed, device)
         keep = torch.randperm(len(f), generator=torch.Generator().manual_seed(0))[:n]
         xy, y = TSNE(random_state=0, init='pca').fit_transform(f[keep].numpy()), y[keep]
-        _axis(ax, METHODS[m].title, xlabel='t-SNE 1', ylabel='t-SNE 2' if ax is axs[0, 0] else '', xticks=[], yticks=[])
+        styled_axis(ax, METHODS[m].title, xlabel='t-SNE 1', ylabel='t-SNE 2' if ax is axs[0, 0] else '', xticks=[], yticks=[])
         for j in y.unique().tolist(): ax.scatter(*xy[y == j].T, s=22, marker=f'${j % 10}$', color=COLORS[j % 7], lw=.3)
-    return _finish(fig, _title(self.data, imbalance, self.preset) + ': features of the test images; common classes have low numbers', None)
+    return finish_figure(fig, run_title(self.data, imbalance, self.preset) + ': features of the test images; common classes have low numbers', None)
 
 # %% ../nbs/12a_studies.ipynb #c2588922
 def _anchor(table, data, imbalance, preset, method): return f'table{table}-{Path(data).name}-{imbalance:g}-{preset}-{method.replace("_", "-")}'
@@ -202,8 +202,8 @@ def linked_table(
     def cell(c, m):
         s = stats.get((*c, preset), {}).get(m)
         if s: used.append((c, m))
-        text = f'[{_cell(*s["overall"])}](#{_anchor(table, *c, preset, m)}) ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
-        return f'{text} / {_cell(*paper[c].get(m, (math.nan, math.nan)))}' if beside and c in paper else text
+        text = f'[{format_cell(*s["overall"])}](#{_anchor(table, *c, preset, m)}) ({s["n"]})' if s else 'missing' if m in METHODS else 'not in this package'
+        return f'{text} / {format_cell(*paper[c].get(m, (math.nan, math.nan)))}' if beside and c in paper else text
     columns = list(paper) if columns is None else columns
     lines = ['| method | ' + ' | '.join(f'{d}, {i:g}' for d, i in columns) + ' |', '|:---|' + '---:|'*len(columns)]
     lines += [f'| {METHODS[m].title if m in METHODS else m} | ' + ' | '.join(cell(c, m) for c in columns) + ' |' for m in methods]
@@ -226,8 +226,8 @@ def shot_table(
     if data not in TABLE3: raise ValueError(f'Table 3 has {" and ".join(TABLE3)}, not {data!r}')
     ours, paper = summary([r for r in rows if not r['changed']]).get((data, None, preset), {}), TABLE3[data]
     def cell(m, i, k):
-        own = f'{_cell(*ours[m][k])} ({ours[m]["n"]})' if m in ours else 'missing' if m in METHODS else 'not in this package'
-        return f'{own} / {_cell(paper[m][i], math.nan) if m in paper else "-"}' if preset != 'small' else own
+        own = f'{format_cell(*ours[m][k])} ({ours[m]["n"]})' if m in ours else 'missing' if m in METHODS else 'not in this package'
+        return f'{own} / {format_cell(paper[m][i], math.nan) if m in paper else "-"}' if preset != 'small' else own
     lines = ['| method | many | medium | few | overall |', '|:---|---:|---:|---:|---:|']
     methods = [*[m for m in paper if m not in METHODS], *[m for m in METHODS if m in paper or m in ours or m in ('softmax', 'bs', 'bs_dt')]]
     return '\n'.join(lines + [f'| {METHODS[m].title if m in METHODS else m} | ' + ' | '.join(cell(m, i, k) for i, k in enumerate(('many', 'medium', 'few', 'overall'))) + ' |' for m in methods])

@@ -9,7 +9,7 @@ __all__ = ['GaussianClasses', 'change_prior', 'fit_linear', 'loss_error', 'class
 import math, torch, torch.nn.functional as F
 from functools import partial
 from torch import nn, Tensor
-from .core import _positive
+from .core import positive_vector
 
 # %% ../nbs/01_label_shift.ipynb #fb5f2ce7
 class GaussianClasses:
@@ -22,7 +22,7 @@ class GaussianClasses:
         if self.means.ndim != 2: raise ValueError(f'means must be (classes, dimensions), got shape {tuple(self.means.shape)}')
         std = torch.as_tensor(std, dtype=torch.float64)
         if std.ndim > 1 or std.numel() not in (1, len(self.means)): raise ValueError(f'std must be one number or one a class, ({len(self.means)},); got shape {tuple(std.shape)}')
-        self.std = _positive(std.expand(len(self.means)), 'std')
+        self.std = positive_vector(std.expand(len(self.means)), 'std')
 
     def log_lik(self, x:Tensor) -> Tensor:
         "log p(x|y=j) of points (N, d), as (N, k)"
@@ -42,7 +42,7 @@ class GaussianClasses:
 
 def _prior(v, k, name='prior', normalise=True):
     "`v` as float64 class shares (k,)"
-    v = _positive(v, name)
+    v = positive_vector(v, name)
     if len(v) != k: raise ValueError(f'{name} has {len(v)} classes, expected {k}')
     return v/v.sum() if normalise else v
 
@@ -120,7 +120,7 @@ def margin_bound(
     delta:float=.05, # Probability that the bound of one class does not hold
 ) -> dict: # 'margin error', 'complexity', 'scale', 'confidence': float64 (k,) each; their sum bounds err_j(t)
     "The four terms of Theorem 2 for each class (Ren et al. 2020, Eq. 8 with its constants). Raises `ValueError` for a margin or `delta` out of range."
-    n, g = _positive(counts), _positive(margins, 'margins')
+    n, g = positive_vector(counts), positive_vector(margins, 'margins')
     if len(n) != len(g): raise ValueError(f'margins has {len(g)} classes, counts {len(n)}')
     if not 0 < delta < 1: raise ValueError(f'delta is a probability between 0 and 1, got {delta}')
     B = g.max() if bound is None else torch.as_tensor(bound, dtype=torch.float64)
@@ -136,5 +136,5 @@ def optimal_margins(
 ) -> Tensor: # float64 (k,)
     "gamma*_j = beta n_j^(-1/4) / sum_i n_i^(-1/4), the margins that minimise Theorem 2's bound (Ren et al. 2020, Eq. 8). Raises `ValueError` for bad counts or beta."
     if not (beta > 0 and math.isfinite(beta)): raise ValueError(f'beta is a sum of positive margins, got {beta}')
-    g = _positive(counts)**-.25
+    g = positive_vector(counts)**-.25
     return beta*g/g.sum()

@@ -32,7 +32,7 @@ from fastcore.basics import noop
 from balms.core import BalancedSoftmax, class_counts
 from balms.data import ArrayDataset, array_dls
 from balms.models import get_model
-from balms.recipes import AUGMENTS, PRESETS, Recipe, TrainOnly, _learner
+from balms.recipes import AUGMENTS, PRESETS, Recipe, TrainOnly, recipe_learner
 from balms.speed import FastLoop
 
 LIMIT, SHARE, RECIPE_S, GOAL_S = 1.10, .15, 120, 60   # Learner over by hand; augmentation over the step; seconds of 13,000 steps
@@ -48,7 +48,7 @@ def learner(a, augment='autoaugment_cutout', fast=True):
     "The `Learner` of a recipe; or, not `fast`, one as fastai makes it"
     r = Recipe('cifar10', 100, 'bs', 'paper', model=a.model, bs=a.bs, augment='none' if a.side > 32 else augment, precision=a.precision)
     train = images(side=a.side)
-    learn = _learner(r, train, images(100, a.side), class_counts(train), torch.device(a.device), a.compile)
+    learn = recipe_learner(r, train, images(100, a.side), class_counts(train), torch.device(a.device), a.compile)
     if fast: return learn
     learn.remove_cbs(FastLoop)
     learn.opt_func = partial(SGD, mom=.9, decouple_wd=False)

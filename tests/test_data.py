@@ -246,8 +246,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         p = subprocess.run([sys.executable, '-c', code, str(root)], env={**os.environ, 'BALMS_CACHE': str(cache), 'PYTHONWARNINGS': 'always'}, preexec_fn=preexec, capture_output=True, text=True)
         assert p.stdout == '11\n' and 'The cache could not be written' in p.stderr and str(cache) in p.stderr, p.stderr
     assert not list((tmp_path/'full').iterdir())
-    from balms.data import _write
-    with pytest.raises(IsADirectoryError, match=str(root)): _write(root, b'x')
+    from balms.data import write_file
+    with pytest.raises(IsADirectoryError, match=str(root)): write_file(root, b'x')
     assert torch.equal(load_folder(root, 8)[0].images, want)
 
 

@@ -171,12 +171,12 @@ def test_a_record_that_is_shorter_than_its_tensor(tmp_path):
 @pytest.mark.parametrize('new', (True, False), ids=('zip', 'old'))
 def test_what_torch_saves_is_loaded(tmp_path, new):
     "In both formats, to the bit: views, one storage twice, all types, nothing at all, plain values; and its storages are counted right, which for zip files is of use with older releases of torch alone"
-    from balms.models import _storages, _tensors
+    from balms.models import _storages, read_tensors
     x = torch.arange(10.)
     for o in ({}, {'a': x, 'b': x[2:5], 'c': x.view(2, 5).t()}, [torch.ones(3, dtype=d) for d in (torch.uint8, torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64)], {'e': torch.empty(0)}, {'p': torch.nn.Parameter(x)},
               {'s': torch.Size([3]), 'd': torch.float32, 'n': [1, 2.5, None, True, 'x', 2**70, (1,)]}, get_model('small_cnn', 10, 1).state_dict()):
         torch.save(o, f := tmp_path/'w.pth', _use_new_zipfile_serialization=new)
-        assert _same(_tensors(f), o)
+        assert _same(read_tensors(f), o)
     if new:
         with zipfile.ZipFile(f) as z: assert {k: len(z.read(f'w/data/{k}')) for k in _storages(z.read('w/data.pkl'))} == _storages(z.read('w/data.pkl'))
 
@@ -201,16 +201,16 @@ def hidden(dst, shown, real):
 
 def test_torch_is_given_what_was_checked(tmp_path):
     "A file with two directories, of which Python's reader and torch's take one each: loaded is the one whose checksums and lengths were compared. A member twice is refused"
-    from balms.models import _tensors
+    from balms.models import read_tensors
     for name, w in (('good', 1.), ('evil', 2.)): torch.save({'w': torch.full((100,), w)}, tmp_path/f'{name}.pth')
     def members(name):
         with zipfile.ZipFile(tmp_path/f'{name}.pth') as z: return [(i.filename.replace('evil/', 'good/'), z.read(i)) for i in z.infolist()]
     f = hidden(tmp_path/'two.pth', members('good'), members('evil'))
     with zipfile.ZipFile(f) as z: assert dict(members('good')) == {n: z.read(n) for n in z.namelist()}
     assert (torch.load(f, weights_only=True)['w'] == 2).all()                                   # torch alone finds the other
-    assert (_tensors(f)['w'] == 1).all()
+    assert (read_tensors(f)['w'] == 1).all()
     with zipfile.ZipFile(tmp_path/'good.pth', 'a') as z, pytest.warns(UserWarning): z.writestr('good/data/0', b'\0'*400)
-    with pytest.raises(ValueError, match=r'good\.pth is not a file of weights.*a member twice'): _tensors(tmp_path/'good.pth')
+    with pytest.raises(ValueError, match=r'good\.pth is not a file of weights.*a member twice'): read_tensors(tmp_path/'good.pth')
 
 
 class Call:
@@ -222,11 +222,11 @@ class Call:
 @pytest.mark.parametrize('new', (True, False), ids=('zip', 'old'))
 def test_names_that_ask_for_memory_are_refused(tmp_path, new):
     "torch.load alone would make these, also with weights_only=True: an endless array, a set of it, and one of whatever memory holds"
-    from balms.models import _tensors
+    from balms.models import read_tensors
     for what in (Call(bytearray, 2**40), Call(set, Call(bytearray, 2**33)), Call(torch.Tensor, 10, 64), Call(torch.FloatTensor, 10)):
         torch.save({'w': what}, f := tmp_path/'w.pth', _use_new_zipfile_serialization=new)
         began = time.monotonic()
-        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*it holds (__builtin__|builtins|torch)'): _tensors(f)
+        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*it holds (__builtin__|builtins|torch)'): read_tensors(f)
         assert time.monotonic() - began < 5
     torch.save({'module.'*100_000 + 'w': torch.ones(1)}, f, _use_new_zipfile_serialization=new)
     with pytest.raises(ValueError, match=r'w\.pth has the weights of another network'): load_weights(get_model('small_cnn', 10, 1), f)
@@ -236,26 +236,26 @@ def test_names_that_ask_for_memory_are_refused(tmp_path, new):
 
 def test_old_weights_whose_storages_are_not_there(tmp_path):
     "In the format from before 2020 a tensor of a storage that is not listed would have what memory holds"
-    from balms.models import _tensors
+    from balms.models import read_tensors
     torch.save({'w': torch.ones(10)}, f := tmp_path/'w.pth', _use_new_zipfile_serialization=False)
     data = f.read_bytes()
     keys = data.rindex(b'\x80\x02]')                                                            # the list of storages, the last pickle
     for bad in (data[:keys] + b'\x80\x02].', data[:-4], data + b'\0'*4):
         f.write_bytes(bad)
-        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*other storages'): _tensors(f)
+        with pytest.raises(ValueError, match=r'w\.pth is not a file of weights.*other storages'): read_tensors(f)
 
 
 def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path):
     "Quantized ones are not held to their bounds by torch.load; nothing that trains here makes them, or sparse ones"
-    from balms.models import _tensors
+    from balms.models import read_tensors
     sparse = torch.eye(3).to_sparse()
     for name, t in dict(quantized=torch.quantize_per_tensor(torch.ones(3), .1, 0, torch.qint8), sparse=sparse, csr=sparse.to_sparse_csr(), meta=torch.empty(3, device='meta')).items():
         torch.save({'about': [{'deep': (t,)}]}, f := tmp_path/f'{name}.pth')
-        with pytest.raises(ValueError, match=rf'{name}\.pth is not a file of weights'): _tensors(f)
+        with pytest.raises(ValueError, match=rf'{name}\.pth is not a file of weights'): read_tensors(f)
     o = []
     for _ in range(200): o = [o, o]                                              # 2**200 of them, for those who look at each
     torch.save({'w': o}, f := tmp_path/'many.pth')
-    assert list(_tensors(f)) == ['w']
+    assert list(read_tensors(f)) == ['w']
 
 
 def test_published_weights_execute_nothing(tmp_path, monkeypatch):

@@ -57,11 +57,11 @@ def test_number_of_workers_changes_nothing_without_learned_rates(tree, tmp_path)
 
 def test_checkpoint_cannot_be_taken_up_without_the_number_of_the_batch(tree):
     "What the tests above rest on: with the loader's count forgotten, windows are others"
-    from balms.recipes import _How, _loaders
+    from balms.recipes import Execution, _loaders
     from balms.core import class_counts
     train, test = load_lists(tree)
     r = Recipe(tree, method='softmax', augment='window', **SMALL)
-    make = lambda: _loaders(r, train, test, class_counts(train), _How(torch.device('cpu'), workers=0), r.bs)[0].train
+    make = lambda: _loaders(r, train, test, class_counts(train), Execution(torch.device('cpu'), workers=0), r.bs)[0].train
     a, b, c = make(), make(), make()
     it = iter(a); next(it); s = a.state_dict(); want = next(it)[0]
     b.load_state_dict(s); assert torch.equal(next(iter(b))[0], want)
