@@ -11,8 +11,13 @@ from torch import Tensor
 from .core import positive_vector
 
 # %% ../nbs/03a_after_training.ipynb #6d11b885
-def slope_at(inverse_temperature, logits, own_logits, log_prior):
-    "Derivative of the mean cross-entropy by 1/T; `own_logits` are those of the labels"
+def slope_at(
+    inverse_temperature:float, # 1/T
+    logits:Tensor, # (n, k)
+    own_logits:Tensor, # Those of the labels, (n,)
+    log_prior, # log q, (k,)
+) -> float:
+    "Derivative of the mean cross-entropy by 1/T"
     p = (inverse_temperature*logits + log_prior).softmax(1)
     return ((p*logits).sum(1) - own_logits).mean().item()
 
@@ -66,7 +71,9 @@ def estimate_prior(
     )
 
 # %% ../nbs/03a_after_training.ipynb #a2e9720b
-def as_probabilities(p):
+def as_probabilities(
+    p:Tensor, # (n, k)
+) -> Tensor: # float64
     "Rows of probabilities as float64, or an error"
     if p.ndim != 2 or not len(p): raise ValueError(f'probs must be (n, k) with n > 0, got {tuple(p.shape)}')
     p = p.detach().as_subclass(Tensor).double()

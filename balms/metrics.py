@@ -122,28 +122,31 @@ class ECE(AccumMetric):
 COLORS = ['#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']   # Okabe and Ito's palette
 MARKERS = 'osD^v<>'
 
-def styled_axis(ax, title, **kw):
+def styled_axis(
+    ax, # Axis to draw on; None makes one
+    title:str, # Above the axis
+    **kw # Of `Axes.set`
+):
     "An axis in the look of this package"
     if ax is None: _, ax = plt.subplots(figsize=(4.2, 2.8), dpi=90)
     ax.spines[['top', 'right']].set_visible(False)
     ax.set(title=title, **kw)
     return ax
 
-def plot_curves(curves, counts, ax, title, ylabel):
+def plot_curves(
+    curves:dict, # Name to a number a class, (k,)
+    counts, # Training images a class (k,), for the order of the classes
+    ax, # Axis to draw on; None makes one
+    title:str, # Above the axis
+    ylabel:str, # Beside it
+):
     "One line a method over the classes, sorted from common to rare"
     order = torch.as_tensor(counts).argsort(descending=True, stable=True)
     ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel=ylabel)
     for i, (name, v) in enumerate(curves.items()):
-        v = torch.as_tensor(v)[order.to(torch.as_tensor(v).device)].cpu()
-        ax.plot(
-            range(len(v)),
-            v,
-            color=COLORS[i % 7],
-            marker=MARKERS[i % 7] if len(v) <= 30 else None,
-            ms=4,
-            lw=1.5,
-            label=name,
-        )
+        v = torch.as_tensor(v).cpu()[order.cpu()]
+        look = dict(color=COLORS[i % 7], marker=MARKERS[i % 7] if len(v) <= 30 else None, ms=4, lw=1.5)
+        ax.plot(range(len(v)), v, label=name, **look)
     ax.legend(frameon=False, fontsize=8)
     return ax
 

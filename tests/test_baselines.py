@@ -449,7 +449,7 @@ def test_deferred_refusals():
         (F.cross_entropy, 'needs a loss with a buffer'),
     ):
         with pytest.raises(ValueError, match=message): fit(loss, [DeferredReweighting(COUNTS)])
-    with pytest.raises(ValueError, match='5 counts for a loss of 3 classes'):
+    with pytest.raises(ValueError, match='5 counts for 3 class weights'):
         fit(LDAM([1, 2, 3], weight=[1, 1, 1]), [DeferredReweighting(COUNTS)])
 
 
