@@ -3,9 +3,11 @@ import copy, itertools, pickle, sys
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from balms.baselines import (CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FeatureLoss, FocalLoss, LogitAdjusted, RangeLoss,
-                             SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling, class_weights, effective_number, lifted_structure)
+from balms.baselines import CBW, LADE, LDAM, CosineLinear, DeferredReweighting, FocalLoss, LogitAdjusted
+from balms.baselines import SoftmaxEqualization, VectorScaling, class_weights, effective_number
 from balms.core import BalancedSigmoid, BalancedSoftmax
+from balms.feature_losses import FeatureLoss, RangeLoss, lifted_structure
+from balms.sigmoid_baselines import ClassBalancedLoss, SigmoidEqualization, SigmoidFocalLoss
 
 COUNTS = [5000, 900, 120, 20, 3]
 K = len(COUNTS)
