@@ -64,10 +64,10 @@ LIST_PRESETS = dict( # `code_learned`: what the code does otherwise for methods 
 _list_small = _photos | dict(
     size=64, bs=32, iters=40, lr=.1, warmup=10, warmup_lr=.01, threads=1, iters2=20, lr2=.1, meta_bs=None)
 
-# %% ../nbs/12a_recipe.ipynb #a0fa7a5f
+# %% ../nbs/12a_recipe.ipynb #a761d2a6
 def _list_preset(data, preset, learned):
     "Settings of a preset for images in lists; `learned`: the method has learned rates"
-    from balms.image_lists import LIST_FACTS
+    from balms.lists import LIST_FACTS
     if preset == 'small': return _list_small
     presets = LIST_PRESETS.get(data, LIST_PRESETS['imagenet_lt'])
     settings = presets[preset] | (presets.get(f'{preset}_learned', {}) if learned else {})
@@ -82,7 +82,7 @@ def in_lists(
     "Whether a data set is one of images in lists: a published one, or a folder with `*_train.txt` and `*_test.txt`"
     if str(data) in LIST_PRESETS: return True
     if str(data) in IMBALANCE or not Path(data).expanduser().is_dir(): return False
-    from balms.image_lists import find_lists
+    from balms.lists import find_lists
     try: return {'train', 'test'} <= set(find_lists(data))
     except (OSError, ValueError): return False
 
@@ -213,7 +213,7 @@ RANGES = dict( # field: lowest value, and the bound that it stays below
 @patch
 def check(self:Recipe):
     "Raise `ValueError` for names that do not exist and values that do not go together"
-    from balms.data import check_imbalance
+    from balms.long_tail import check_imbalance
     from balms.models import MODELS, model_source
     lists = in_lists(self.data)
     if self.imbalance is not None: check_imbalance(self.imbalance)
