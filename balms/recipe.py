@@ -45,12 +45,12 @@ LIST_AUGMENTS = dict( # Of images in lists: arguments of `list_dls`
     resize=dict(preset='paper'), window=dict(preset='code'), plain=dict(preset='paper', flip=0., jitter=0.))
 
 # %% ../nbs/12a_recipe.ipynb #94a889e5
-_photos = dict(
+_photographs = dict(
     model='resnet10', weights=None, size=224, bs=512, lr=.2, warmup=0, warmup_lr=0., wd=5e-4, momentum=.9,
     nesterov=False, views=0, bn_drift=False, bs2=None, meta_lr=.01, meta_beta2=.99, init_pow=0., augment='resize')
 _released = dict(bn_drift=True, meta_lr=.001, meta_beta2=.999, augment='window')
-_imagenet = _photos | dict(epochs=90, epochs2=10, meta_bs=1024)
-_places = _photos | dict(model='resnet152', weights='IMAGENET1K_V1', lr=.01, epochs=30, epochs2=10, meta_bs=512)
+_imagenet = _photographs | dict(epochs=90, epochs2=10, meta_bs=1024)
+_places = _photographs | dict(model='resnet152', weights='IMAGENET1K_V1', lr=.01, epochs=30, epochs2=10, meta_bs=512)
 _inaturalist = _imagenet | dict(model='resnet50', lr2=.2)                    # chosen here: no source gives a recipe
 
 LIST_PRESETS = dict( # `code_learned`: what the code does otherwise for methods with learned rates
@@ -61,7 +61,7 @@ LIST_PRESETS = dict( # `code_learned`: what the code does otherwise for methods 
         paper=_places | dict(lr2=.01, bs2=128), code=_places | _released | dict(lr2=.02, bs2=256, init_pow=.3)),
     inaturalist18=dict(
         paper=_inaturalist, code=_inaturalist | _released | dict(init_pow=.1)))
-_list_small = _photos | dict(
+_list_small = _photographs | dict(
     size=64, bs=32, iters=40, lr=.1, warmup=10, warmup_lr=.01, threads=1, iters2=20, lr2=.1, meta_bs=None)
 
 # %% ../nbs/12a_recipe.ipynb #a761d2a6
@@ -86,9 +86,9 @@ def in_lists(
     try: return {'train', 'test'} <= set(find_lists(data))
     except (OSError, ValueError): return False
 
-# %% ../nbs/12a_recipe.ipynb #54ae0585
+# %% ../nbs/12a_recipe.ipynb #2fc5409a
 @lru_cache
-def _checksum(path, size, modified): return f'file {file_crc(path):08x}'
+def _content(path, size, modified): return f'file {file_crc(path):08x}'
 
 def weights_identity(
     weights:str, # Name of published weights, or a file
@@ -97,9 +97,9 @@ def weights_identity(
     path = Path(weights).expanduser()
     if not path.is_file(): return weights
     stat = path.stat()
-    return _checksum(path, stat.st_size, stat.st_mtime_ns)
+    return _content(path, stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/12a_recipe.ipynb #ebe2120e
+# %% ../nbs/12a_recipe.ipynb #020ee01a
 class BaseRecipe:
     "What recipes have in common. A subclass is a frozen dataclass and has the property `usual`."
     def fill(self, **values):
@@ -125,31 +125,33 @@ class BaseRecipe:
                 below = '' if bound == math.inf else f' and below {bound}'
                 raise ValueError(f'{name} must be {low} or more{below}, not {value}')
 
-    @property
-    def changed(self) -> dict:
-        "What differs from the preset"
-        return {k: getattr(self, k) for k, v in self.usual.items() if getattr(self, k) != v}
+# %% ../nbs/12a_recipe.ipynb #cc7608f4
+@patch(as_prop=True)
+def changed(self:BaseRecipe) -> dict:
+    "What differs from the preset"
+    return {k: getattr(self, k) for k, v in self.usual.items() if getattr(self, k) != v}
 
-    @property
-    def identity(self) -> str:
-        "All that decides the run, as JSON"
-        decides = {k: v for k, v in asdict(self).items() if v is not None and k != 'precision'}
-        if 'weights' in decides: decides['weights'] = weights_identity(decides['weights'])
-        return json.dumps(decides, sort_keys=True)
+@patch(as_prop=True)
+def identity(self:BaseRecipe) -> str:
+    "All that decides the run, as JSON"
+    decides = {k: v for k, v in asdict(self).items() if v is not None and k != 'precision'}
+    if 'weights' in decides: decides['weights'] = weights_identity(decides['weights'])
+    return json.dumps(decides, sort_keys=True)
 
-    @property
-    def label(self) -> str:
-        "The readable part of the key"
-        return f'{Path(self.data).name}-{self.preset}-{self.method}-{self.seed}'
+@patch(as_prop=True)
+def label(self:BaseRecipe) -> str:
+    "The readable part of the key"
+    return f'{Path(self.data).name}-{self.preset}-{self.method}-{self.seed}'
 
-    @property
-    def key(self) -> str:
-        "A name for the run, different for different recipes"
-        return f'{self.label}-{zlib.crc32(self.identity.encode()):08x}'
+@patch(as_prop=True)
+def key(self:BaseRecipe) -> str:
+    "A name for the run, different for different recipes"
+    return f'{self.label}-{zlib.crc32(self.identity.encode()):08x}'
 
-    def to_row(self) -> dict:
-        "All fields, for a row: what the class takes"
-        return asdict(self)
+@patch
+def to_row(self:BaseRecipe) -> dict:
+    "All fields, for a row: what the class takes"
+    return asdict(self)
 
 # %% ../nbs/12a_recipe.ipynb #b0ed051b
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Recipe(BaseRecipe):
         from balms.methods import METHODS
         return METHODS
 
-# %% ../nbs/12a_recipe.ipynb #b816d20f
+# %% ../nbs/12a_recipe.ipynb #c9b25f41
 RANGES = dict( # field: lowest value, and the bound that it stays below
     iters=(1, math.inf), bs=(1, math.inf), lr=(0, math.inf), warmup=(0, math.inf), warmup_lr=(0, math.inf),
     wd=(0, math.inf), momentum=(0, 1), size=(1, math.inf), threads=(1, math.inf),
@@ -270,7 +272,7 @@ def stage1(self:Recipe) -> Recipe:
     method = self.methods[self.method].stage1
     return replace(self, method=method, **dict.fromkeys((*STAGE2_FIELDS, *RATE_FIELDS))) if method else self
 
-# %% ../nbs/12a_recipe.ipynb #ad715fa8
+# %% ../nbs/12a_recipe.ipynb #319574fe
 def recipe_options(
     recipe=Recipe, # A dataclass with a comment beside each field
 ) -> list: # (name, type, default, help) of each field
@@ -320,5 +322,5 @@ METHOD_GROUPS = {
         bs_bs='Balanced Softmax in both stages'),
 }
 
-# %% ../nbs/12a_recipe.ipynb #27a5823d
+# %% ../nbs/12a_recipe.ipynb #c77ddbe9
 Recipe.first, Recipe.said, Recipe.row = Recipe.stage1, Recipe.identity, property(Recipe.to_row)   # temporary: old names
