@@ -212,7 +212,7 @@ def _one_set(rows):
     sets, by = {(*_preset(r), _changes(r, False)) for r in rows}, {}
     for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
     several = [m for m, rs in by.items() if len({_changes(r, True) for r in rs}) > 1]
-    if len(sets) > 1: raise ValueError(f'One data set, imbalance, preset and changes a figure; got {len(sets)}')
+    if len(sets) != 1: raise ValueError(f'One data set, imbalance, preset and changes a figure; got {len(sets)}')
     if several: raise ValueError(f'One second stage a figure; got several of {", ".join(several)}')
     (data, imbalance, preset, changed), = sets
     title, n = run_title(data, imbalance, f'{preset} ({changed})' if changed else preset), max(map(len, by.values()))
