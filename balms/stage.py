@@ -103,7 +103,6 @@ class Execution:
     def environment(self, precision='float32') -> dict:
         "What a number depends on besides the recipe"
         e = dict(environment(self.device), compile=self.compile, precision=precision)
-        if self.device.type == 'cuda': e['tf32'] = torch.backends.cudnn.allow_tf32
         if self.micro_bs: e['micro_bs'] = self.micro_bs
         if self.ranks.world > 1: e.update(processes=self.ranks.world, sync_bn=self.sync_bn)
         return e
