@@ -224,7 +224,7 @@ def run_detection(
         job = _DetectionJob(recipe, out, train, valid, train_crc, execution, progress, stop_at)
         row = _detection_row(job) | dict(valid_crc=valid_crc)
         ranks.first(lambda: write_row(out/recipe.key, row))
-        return row
+        return ranks.first(lambda: read_row(out/recipe.key))
 
 # %% ../nbs/14f_detection_runs.ipynb #f9e9a9ee
 def load_detector(
