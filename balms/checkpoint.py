@@ -11,6 +11,7 @@ import json, os, signal, threading, time, warnings
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastcore.basics import patch
 from .files import write_file
 from .scale import Ranks
 from .weights import read_tensors
@@ -117,6 +118,7 @@ def join_environments(*environments) -> list:
         joined[json.dumps(way, sort_keys=True)] = e
     return list(joined.values())
 
+# %% ../nbs/12c_checkpoint.ipynb #c0a1000f2
 class Checkpoint(Callback):
     "Save training every `every` seconds and when a stop is wanted; restore it when it begins."
     order = 100                                                     # after mixed precision has made its scaler
@@ -152,13 +154,14 @@ class Checkpoint(Callback):
         wanted, due = self.signal.wanted or self.step == self.stop_at, time.monotonic() - self.last > self.every
         stop, due = self.ranks.agree(wanted, due and self.ranks.rank == 0)
         if stop or due: self.save()
-        if stop:
-            self.stopped = True
-            raise CancelFitException
+        self.stopped = stop
+        if stop: raise CancelFitException
 
-    def save(self):
-        "Write a checkpoint of this step"
-        state = dict(run_id=self.run_id, step=self.step, seconds=self.seconds + time.monotonic() - self.began,
-                     environments=self.environments, **training_state(self.learn, self.ranks))
-        self.ranks.first(lambda: save_checkpoint(self.folder, state))
-        self.last = time.monotonic()
+# %% ../nbs/12c_checkpoint.ipynb #c0a1000f3
+@patch
+def save(self:Checkpoint):
+    "Write a checkpoint of this step"
+    state = dict(run_id=self.run_id, step=self.step, seconds=self.seconds + time.monotonic() - self.began,
+                 environments=self.environments, **training_state(self.learn, self.ranks))
+    self.ranks.first(lambda: save_checkpoint(self.folder, state))
+    self.last = time.monotonic()

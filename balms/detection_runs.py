@@ -29,8 +29,8 @@ from .lvis import (Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit
 from .meta import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
-from .runs import Execution, fit_stage
 from .scale import Distributed, ending_together, start_ranks
+from .stage import Execution, fit_stage
 from .tables import mean_se
 from .weights import read_tensors
 

@@ -65,6 +65,12 @@ class FrozenPieces(Callback):
 @lru_cache(None)
 def _cpu_group(world): return dist.new_group(backend='gloo')          # one for each world group
 
+def _outcome(f):
+    "[what `f` returns, its error]"
+    try: return [f(), None]
+    except Exception as e: return [None, e]
+
+# %% ../nbs/11b_scale.ipynb #93fe5b13
 class Ranks:
     "The processes of one run: which this is, of how many, and what they say to each other"
     def __init__(self):
@@ -75,10 +81,7 @@ class Ranks:
     def first(self, f):
         "What `f` returns in the first process, to all; or its error"
         if self.world == 1: return f()
-        box = [None, None]
-        if self.rank == 0:
-            try: box[0] = f()
-            except Exception as e: box[1] = e
+        box = _outcome(f) if self.rank == 0 else [None, None]
         dist.broadcast_object_list(box, 0, self.group)
         if box[1] is not None: raise box[1]
         return box[0]
