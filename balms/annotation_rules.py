@@ -40,23 +40,28 @@ def outline_mask(
         raise ValueError(f'These run lengths are of an image of {outline["size"]}, not of {[h, w]}')
     return mask.decode(mask.frPyObjects(outline, h, w) if isinstance(outline['counts'], list) else outline)
 
-# %% ../nbs/13a_annotation_rules.ipynb #c9f42349
+# %% ../nbs/13a_annotation_rules.ipynb #a687ae5f
 _REQUIRED_KEYS = dict(images=('id', 'height', 'width'), categories=('id', 'name'),
                       annotations=('id', 'image_id', 'category_id', 'bbox', 'area', 'segmentation'))
+
+def _is_length(x): return isinstance(x, int) and x > 0
+
+def _size(im):
+    "[h, w] of an image, or None where the file does not say it"
+    size = [im.get('height'), im.get('width')]
+    return size if all(map(_is_length, size)) else None
 
 class _FileIndex:
     "What rules ask about a whole file"
     def __init__(self, content):
         self.id_counts = Counter((name, o.get('id')) for name in _REQUIRED_KEYS for o in content[name])
-        self.sizes = {im.get('id'): [im.get('height'), im.get('width')] for im in content['images']}
+        self.sizes = {im.get('id'): _size(im) for im in content['images']}
         self.categories = {c.get('id') for c in content['categories']}
         self.annotated = defaultdict(set)
         for a in content['annotations']: self.annotated[a.get('image_id')].add(a.get('category_id'))
         self.is_federated = any('neg_category_ids' in im for im in content['images'])
 
-# %% ../nbs/13a_annotation_rules.ipynb #5e8a1b0c
-def _is_length(x): return isinstance(x, int) and x > 0
-
+# %% ../nbs/13a_annotation_rules.ipynb #0ca0fb37
 def _is_outline(segmentation):
     "Whether it looks like polygons or run lengths"
     if isinstance(segmentation, dict): return segmentation.keys() >= {'size', 'counts'}
@@ -68,12 +73,12 @@ def _is_polygon(xy): return len(xy) % 2 == 0 and isfinite(sum(xy))
 
 def _is_far_outside(polygon, size):
     "Whether it reaches out of an image of `size` [h, w] by more than that"
-    if not polygon: return False
+    if not polygon or size is None: return False
     return any(min(c) < -length or max(c) > 2*length for c, length in zip((polygon[1::2], polygon[::2]), size))
 
 def _fits(segmentation, size):
     "Whether run lengths are of an image of `size` [h, w]"
-    if isinstance(segmentation, list): return True
+    if isinstance(segmentation, list) or size is None: return True
     counts = segmentation['counts']
     return segmentation['size'] == size and (not isinstance(counts, list) or sum(counts) in (0, size[0]*size[1]))
 

@@ -69,7 +69,7 @@ class InstanceAP:
         outputs, # As `detections` takes them
         image_ids, # Ids of these images, or their targets
     ):
-        "Add the outputs of some images. Raises `ValueError` for unknown or repeated images, and where masks are missing."
+        "Add the outputs of some images. Raises `ValueError` for unknown or repeated images, and for missing masks."
         ids = _ids(image_ids)
         if unknown := [i for i in ids if i not in self.place]:
             raise ValueError(f'Images {unknown[:10]} are not in {self.anns.path}')

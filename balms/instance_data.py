@@ -25,9 +25,10 @@ from fastai.torch_core import default_device
 from fastcore.basics import patch
 from .annotation_rules import coco_library
 from .annotations import Annotations, frequency_groups
-from .data import load_digits, mixed_seed
+from .array_loader import mixed_seed
+from .datasets import load_digits
 from .metrics import COLORS
-from .samplers import SampledDL
+from .sampled_loader import SampledDL
 
 # %% ../nbs/14a_instance_data.ipynb #a95eaf04
 def _paste(canvas, digit, size, rng):

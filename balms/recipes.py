@@ -41,13 +41,10 @@ from .samplers import ClassSampler, SampledDL, sampling_rates
 from .speed import DeviceLoss, FastLoop
 from .scale import Distributed, FrozenPieces, MicroBatches, Ranks, ending_together, start_ranks
 from .methods import *
-from .methods import _ce, _quarter, _dt, _ldam, _binary, _PARTS
 from .recipe import *
-from .recipe import _cifar, _small, _second, _rates, _digits, _later, _photos, _stage, _code, _LISTS, _list_small, _list_preset
 from .rows import *
-from .rows import _lock, _odd, _commit, _torn, _rows, _row, _settled, _ledger, _append, _number, _usable, _ROW, _NAMES
+from .old_rows import _lock, _odd, _ledger, _append, _usable, read_ledger
 from .tables import *
-from .tables import _COLUMNS, _TABLE, _TABLE8, _TABLE7, _changed, _grid, _by_method
 
 # %% ../nbs/12_recipes.ipynb #4320ba41
 def warmup_cosine(

@@ -157,7 +157,7 @@ def on_cuda(a):
     "Augmentation's share, the floor of a step, and what a whole recipe takes"
     learn, ok = learner(a), True
     dl, step = learn.dls.train, by_hand(learn, a)
-    sides = dict(step=step, augmentation=lambda n: [dl.augment(dl.dataset.images[:a.bs], dl._gen()) for _ in range(n)]) if dl.augment else dict(step=step)
+    sides = dict(step=step, augmentation=lambda n: [dl.augment(dl.dataset.images[:a.bs], dl.generator()) for _ in range(n)]) if dl.augment else dict(step=step)
     out = turns(sides, 50, a.seconds/4, a)
     took = statistics.median(t['step'] for t in out)
     if dl.augment:

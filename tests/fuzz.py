@@ -32,7 +32,8 @@ def mutate(data, rng, other=b''):
 
 def lists(d):
     "A training list: no line is lost or altered, no path leads out of the root, no label is beyond the list"
-    from balms.image_lists import load_lists, read_list
+    from balms.list_loader import load_lists
+    from balms.lists import read_list
     lines = [f'train/c{j}/{i}.jpg {j}' for j in range(8) for i in range(12)]
     (d/'a_test.txt').write_text('\n'.join(l.replace('train', 'test') for l in lines) + '\n')
     path = d/'a_train.txt'
@@ -52,7 +53,7 @@ def lists(d):
 def lists_gz(d):
     path, data, _ = lists(d)
     path.unlink(missing_ok=True); path = d/'a_train.txt.gz'
-    from balms.image_lists import read_list
+    from balms.lists import read_list
     def check(): assert all('..' not in Path(f).parts for f in read_list(path).files)
     return path, gzip.compress(data), check
 
@@ -144,7 +145,7 @@ def _image(d, name, **kw):
 
 def _listed(d, name):
     "An image of a list that is changed: an error that names it, or an image"
-    from balms.image_lists import ImageListDataset
+    from balms.list_loader import ImageListDataset
     path = d/f'1.{name}'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
     def check():
@@ -155,7 +156,9 @@ def _listed(d, name):
 
 def pack(d):
     "A pack has the images that were packed, or says that it does not"
-    from balms.image_lists import PackedDataset, load_lists, pack_images, sample_tree
+    from balms.list_loader import load_lists
+    from balms.lists import sample_tree
+    from balms.packs import PackedDataset, pack_images
     train, _ = load_lists(sample_tree(d/'tree', n_max=6, imbalance=3))
     path = d/'train.pack'
     ds = pack_images(train, path, short=12, num_workers=0)
@@ -262,7 +265,7 @@ def limit_memory(more=2*2**30):
 
 
 if __name__ == '__main__':
-    import balms.recipes, balms.image_lists
+    import balms.recipes, balms.list_loader, balms.packs
     warnings.simplefilter('ignore')
     kind, n, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     if sys.platform == 'linux': limit_memory()
