@@ -413,7 +413,7 @@ def watch_weight(loss):
 
 
 @pytest.mark.parametrize(
-    'make', (LDAM, BalancedSoftmax, BalancedSigmoid, FocalLoss, lambda n: torch.nn.CrossEntropyLoss()), ids=str
+    'make', (LDAM, BalancedSoftmax, BalancedSigmoid, FocalLoss, lambda n: torch.nn.CrossEntropyLoss())
 )
 def test_deferred(make):
     loss = make(COUNTS)
