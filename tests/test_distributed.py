@@ -106,6 +106,7 @@ def test_two_processes_are_one(tree, tmp_path):
     assert_close(tmp_path/'one', tmp_path/'pieces', pieces)
 
 
+@pytest.mark.slow
 def test_four_processes_are_one(tmp_path):
     recipes = [Recipe(method='cbw', **DIGITS), Recipe(method='balms', **DIGITS, iters2=10)]
     for r in recipes: run(r, tmp_path/'one', device='cpu')
@@ -124,7 +125,8 @@ Checkpoint.save = save_and_die
 '''
 
 
-@pytest.mark.parametrize('data,method,stage', [('lists', 'balms', 1), ('lists', 'balms', 2), ('digits', 'eql', 1)])
+@pytest.mark.parametrize('data,method,stage', [pytest.param('lists', 'balms', 1, marks=pytest.mark.slow),
+                                               ('lists', 'balms', 2), ('digits', 'eql', 1)])
 def test_killed_and_resumed(tree, tmp_path, data, method, stage):
     "Both processes, in the middle of a stage, with augmentation, and a loss that draws random numbers on each (eql)"
     lists = dict(model='resnet8', size=24, bs=16, iters=9, augment='window', threads=1)
@@ -178,8 +180,11 @@ def test_errors_of_all(tmp_path):
         for c, _, e in call(2, runs([r], tmp_path, **kw)): assert c == 1 and what in e, e
 
 
-@pytest.mark.parametrize('launch', ['torch.distributed.run --nproc_per_node 2 --standalone',
-                                    'accelerate.commands.launch --main_process_port 0 --multi_gpu --num_processes 2'])
+TORCHRUN = 'torch.distributed.run --nproc_per_node 2 --standalone'
+ACCELERATE = 'accelerate.commands.launch --main_process_port 0 --multi_gpu --num_processes 2'
+
+
+@pytest.mark.parametrize('launch', [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)])
 def test_command(tmp_path, launch):
     "One line starts it: one table, from the first process"
     line = f'-m {launch} -m balms.cli train --method bs --seeds 1 --iters 20 --device cpu'.split()
