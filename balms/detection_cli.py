@@ -24,7 +24,7 @@ def _detection_recipes(data, methods, seeds, settings):
 
 def _run_all(recipes, train, valid, images, **kwargs):
     "Run the recipes, say how each came out, and print the table"
-    from balms.lvis import read_annotations
+    from balms.annotations import read_annotations
     from balms.detection_runs import detection_table, run_detection
     from balms.scale import Ranks
     train, valid, rows = read_annotations(train, images), read_annotations(valid, images), []

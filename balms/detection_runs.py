@@ -24,8 +24,9 @@ from .datasets import data_root
 from .decoupled import ScaledLinear
 from .detection_recipe import DetectionRecipe, step_drops, unused_fields
 from .detector import SEG_METHODS, TABLE4, InstanceSeg, detect, mask_rcnn, sum_losses
-from .lvis import (Annotations, InstanceAP, InstanceDataset, coco_to_lvis, digit_scenes, instance_dls,
-                        read_annotations)
+from .annotations import Annotations, coco_to_lvis, read_annotations
+from .instance_ap import InstanceAP
+from .instance_data import InstanceDataset, digit_scenes, instance_dls
 from .meta import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
