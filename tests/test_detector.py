@@ -10,7 +10,8 @@ from fastai.optimizer import OptimWrapper
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from balms.baselines import LDAM
 from balms.detector import SEG_METHODS, InstanceSeg, detect, mask_rcnn, sum_losses, use_loss
-from balms.lvis import digit_scenes, instance_dls, read_annotations
+from balms.instance_data import digit_scenes, instance_dls
+from balms.annotations import read_annotations
 from balms.meta import inner_step
 from balms.stage import TrainOnly
 from balms.roi_reweighter import (
