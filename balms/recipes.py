@@ -7,4 +7,3 @@ from .stage import *
 from .learner import *
 from .runs import *
 from .tables import *
-from .old_rows import read_ledger  # noqa: F401 (temporary)
