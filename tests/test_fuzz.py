@@ -9,7 +9,6 @@ import balms
 from balms.list_loader import ImageListDataset, load_lists
 from balms.lists import read_list
 from balms.models import get_model, load_weights
-from balms.recipes import read_ledger
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
 
