@@ -5,7 +5,7 @@ from balms.checkpoint import Interrupted
 from balms.detection_recipe import DetectionRecipe
 from balms.detection_runs import detection_table, load_detector, run_detection
 from balms.detector import SEG_METHODS, SegMethod
-from balms.lvis import digit_scenes
+from balms.instance_data import digit_scenes
 from balms.rows import read_row, read_rows
 from balms.sigmoid import BalancedSigmoid
 from balms.weights import read_tensors
