@@ -16,7 +16,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .core import plain_tensor
-from .data import ArrayDL, FeatureBank
+from .array_loader import ArrayDL, FeatureBank
 from .models import classifier_input, find_classifier
 from .samplers import ClassSampler, CleansUp
 

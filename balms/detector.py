@@ -25,7 +25,7 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from .baselines import LDAM, CosineLinear, FocalLoss, class_weights, effective_number
 from .core import ClassificationLoss
-from .lvis import InstanceAP
+from .instance_ap import InstanceAP
 from .sigmoid import BalancedSigmoid, SigmoidLoss
 from .sigmoid_baselines import SigmoidEqualization, SigmoidFocalLoss
 

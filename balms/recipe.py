@@ -15,16 +15,16 @@ from fastcore.basics import patch
 from .files import file_crc
 
 # %% ../nbs/12a_recipe.ipynb #33a51d29
-_sgd = dict(lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True)
+_stage1_sgd = dict(lr=.1, warmup=800, warmup_lr=.05, wd=5e-4, momentum=.9, nesterov=True)
 _stage2 = dict(iters2=2000, lr2=.1, views=0, bn_drift=False, bs2=None)       # of methods with a second stage
 _rates = dict(meta_lr=.01, meta_beta2=.99, init_pow=0., meta_bs=None)        # of those whose second stage learns rates
 STAGE2_FIELDS, RATE_FIELDS = tuple(_stage2), tuple(_rates)
 
-_paper = dict(model='resnet32', iters=13000, bs=512, augment='autoaugment_cutout') | _sgd | _stage2 | _rates
+_cifar = dict(model='resnet32', iters=13000, bs=512, augment='autoaugment_cutout') | _stage1_sgd | _stage2 | _rates
 PRESETS = dict(
-    paper=_paper,
-    code=_paper | dict(nesterov=False, iters=12400, bn_drift=True, meta_beta2=.999),
-    small=_paper | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
+    paper=_cifar,
+    code=_cifar | dict(nesterov=False, iters=12400, bn_drift=True, meta_beta2=.999),
+    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
 _digits = PRESETS['small'] | dict(model='small_cnn', iters=600, bs=64, augment='shift', threads=1)
 
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # where a recipe does not say
@@ -39,7 +39,7 @@ LIST_AUGMENTS = dict( # Of images in lists: arguments of `list_dls`
     resize=dict(preset='paper'), window=dict(preset='code'), plain=dict(preset='paper', flip=0., jitter=0.))
 
 # %% ../nbs/12a_recipe.ipynb #94a889e5
-_photographs = _sgd | _stage2 | _rates | dict(
+_photographs = _stage1_sgd | _stage2 | _rates | dict(
     model='resnet10', weights=None, size=224, bs=512, lr=.2, warmup=0, warmup_lr=0., nesterov=False, augment='resize')
 _released = dict(bn_drift=True, meta_lr=.001, meta_beta2=.999, augment='window')
 _imagenet = _photographs | dict(epochs=90, epochs2=10, lr2=.2, meta_bs=1024)
@@ -312,6 +312,3 @@ METHOD_GROUPS = {
         bs_cbs='Balanced Softmax, then class-balanced sampling',
         bs_bs='Balanced Softmax in both stages'),
 }
-
-# %% ../nbs/12a_recipe.ipynb #c77ddbe9
-Recipe.first, Recipe.said, Recipe.row = Recipe.stage1, Recipe.identity, property(Recipe.to_row)   # temporary: old names

@@ -143,8 +143,7 @@ def check(self:RoIReweighter):
         if isinstance(cb, GradientAccumulation):
             raise ValueError('RoIReweighter takes a batch for one step: a larger bs in place of GradientAccumulation')
         if isinstance(cb, RoIReweighter) and cb is not self: raise ValueError('Two RoIReweighters cannot both train')
-    if not isinstance(getattr(net, 'roi_heads', None), LossHeads):
-        raise ValueError('RoIReweighter needs a detector with LossHeads: see use_loss')
+    if not isinstance(getattr(net, 'roi_heads', None), LossHeads): raise ValueError('no LossHeads: see use_loss')
     head = box_classifier(net)
     if net.roi_heads.box_predictor.background or type(head) is not nn.Linear:
         raise ValueError('RoIReweighter is for sigmoids of a linear layer, without background logit, scales or cosines')
@@ -156,7 +155,7 @@ def before_train(self:RoIReweighter):
     self.check()
     net, head = get_model(self.model), box_classifier(self.model)
     now = net, head.weight.device, head.out_features
-    if self.trained_on is None or self.trained_on[0] is not net or self.trained_on[1:] != now[1:]:
+    if self.trained_on != now:
         self.psi = ClassRates(torch.ones(head.out_features), count_pow=0.).to(head.weight.device)
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), **self.adam)
         self.trained_on, self.meta, self.history, self.n_steps = now, None, [], 0
@@ -165,23 +164,27 @@ def before_train(self:RoIReweighter):
     net.roi_heads.row_weights, net.roi_heads.watch = self.weights, self._keep
 
 # %% ../nbs/14d_roi_reweighter.ipynb #63372a5a
+def _endless(dl):
+    "The batches of a loader, again and again"
+    while True:
+        n = 0
+        for n, batch in enumerate(dl, 1): yield batch
+        if not n: raise ValueError('meta_dl has no batches')
+
 @patch
 def meta_regions(self:RoIReweighter):
     "Features and labels of meta regions, or None in the first step"
     if self.meta_dl is None: return self.meta
-    batch = next(self.batches, None) if self.batches else None
-    if batch is None:
-        self.batches = iter(self.meta_dl)
-        batch = next(self.batches, None)
-    if batch is None: raise ValueError('meta_dl has no batches')
-    heads, kept = get_model(self.model).roi_heads, []
-    heads.watch, heads.row_weights = lambda *regions: kept.extend(regions), None
+    self.batches = self.batches or _endless(self.meta_dl)
+    images, targets, *_ = next(self.batches)
+    net, kept, mixed = get_model(self.model), [], getattr(self.learn, 'mixed_precision', None)
+    net.roi_heads.watch, net.roi_heads.row_weights = lambda *regions: kept.extend(regions), None
     try:
-        mixed = getattr(self.learn, 'mixed_precision', None)
-        with mixed.autocast if mixed else nullcontext(): get_model(self.model)(*batch[:2])
-    finally: heads.watch, heads.row_weights = self._keep, self.weights
+        with mixed.autocast if mixed else nullcontext(): net(images, targets)
+    finally: net.roi_heads.watch, net.roi_heads.row_weights = self._keep, self.weights
     return kept[0], kept[2]
 
+# %% ../nbs/14d_roi_reweighter.ipynb #5d0d0011
 @patch
 @torch.no_grad()
 def after_backward(self:RoIReweighter):
@@ -191,9 +194,9 @@ def after_backward(self:RoIReweighter):
     meta, params = self.meta_regions(), list(box_classifier(self.model).parameters())
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
         wide = lambda t: t.to(params[0].dtype)
+        step, grads = partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params]
         g = reweighting_gradient(params, wide(features), wide(logits.grad/scale), labels, wide(self.weights(labels)),
-                                 wide(meta[0]), meta[1], partial(inner_step, self.opt, plain=self.inner == 'sgd'),
-                                 [p.grad/scale for p in params], mean_over_ranks)
+                                 wide(meta[0]), meta[1], step, grads, mean_over_ranks)
         if g.isfinite().all():                                       # not in a step that overflowed in half precision
             self.psi.w.grad = g.to(self.psi.w.dtype)*(1 - self.psi.r)
             self.psi_opt.step()
@@ -225,6 +228,7 @@ def load_state_dict(self:RoIReweighter, s:dict):
         self.batches = None
     self.n_steps, self.history = s['n_steps'], list(s['history'])
 
+# %% ../nbs/14d_roi_reweighter.ipynb #5d0d0013
 @patch
 def plot(self:RoIReweighter,
     counts, # By which classes are sorted, such as image counts (k,)

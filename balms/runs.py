@@ -198,7 +198,7 @@ def _run(job):
     if method.adjust: logits = method.adjust(logits, job.counts)
     row = dict(key=recipe.key, recipe=recipe.to_row(), changed=recipe.changed)
     row.update(evaluate(logits, targs, job.counts, learn.loss_func), seconds=round(sum(seconds), 2))
-    if saved['r']: row['r'] = [round(x, 5) for x in saved['r']]
+    if saved.get('r'): row['r'] = [round(x, 5) for x in saved['r']]
     row.update(counts=job.counts.tolist(), train_crc=job.crc, environments=environments)
     return dict(row, **_about_images(job))
 

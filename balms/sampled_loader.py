@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SampledDL', 'resampled']
 
-# %% ../nbs/07a_sampled_loader.ipynb #8bdeafe7
+# %% ../nbs/07a_sampled_loader.ipynb #ce0281f9
 import random
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader as TorchLoader, Dataset, get_worker_info
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.torch_core import set_seed, to_device
 from fastcore.basics import patch
-from .data import ArrayDL, mixed_seed
+from .array_loader import ArrayDL, mixed_seed
 from .samplers import ClassSampler, sampling_rates
 
 # %% ../nbs/07a_sampled_loader.ipynb #52f1ef13

@@ -56,10 +56,10 @@ class FrozenPieces(Callback):
         size:int, # Images a piece
     ): self.size = size
     def before_fit(self):
-        self.body = self.model.body
-        if any(p.requires_grad for p in self.body.parameters()): raise ValueError('FrozenPieces needs a frozen body')
-        self.body.forward = partial(_in_pieces, self.body.forward, self.size)
-    def after_fit(self): self.body.__dict__.pop('forward', None)
+        self.frozen = self.model.body
+        if any(p.requires_grad for p in self.frozen.parameters()): raise ValueError('FrozenPieces needs a frozen body')
+        self.frozen.forward = partial(_in_pieces, self.frozen.forward, self.size)
+    def after_fit(self): self.frozen.__dict__.pop('forward', None)
 
 # %% ../nbs/11b_scale.ipynb #93fe5b12
 @lru_cache(None)

@@ -38,13 +38,11 @@ def warmup_cosine(
     return lr*(1 + math.cos(math.pi*(step - warmup)/(total - warmup)))/2
 
 class Schedule(Callback):
-    "Sets the learning rate before each step, as a function of the step"
+    "Sets the learning rate before each batch"
     def __init__(self,
-        lr_at, # step -> learning rate
-        start:int=0, # The first step
-        pieces:int=1, # Batches a step
-    ): self.lr_at, self.start, self.pieces = lr_at, start, pieces
-    def before_batch(self): self.opt.set_hyper('lr', self.lr_at(self.start + self.iter//self.pieces))
+        lr, # Gives the learning rate of this moment
+    ): self.lr = lr
+    def before_batch(self): self.opt.set_hyper('lr', self.lr())
 
 class TrainOnly(Callback):
     "No validation after the pass: test data are used once, when training is over"
@@ -62,25 +60,20 @@ class Progress(Callback):
     "Say where training stands: its step, its loss, the time that is left"
     order, run_valid = 110, False                                    # after `Checkpoint`
     def __init__(self,
-        title:str, # What is trained
+        checkpoint:Checkpoint, # Counts the steps
         total:int, # Steps of the run
-        start:int=0, # The first step
-        pieces:int=1, # Batches a step
-        every:float=None, # Seconds between two messages; default: half a second on a terminal, else 30
     ):
-        self.title, self.total, self.start, self.pieces = title, total, start, pieces
-        self.terminal = sys.stdout.isatty()
-        self.every = every if every is not None else .5 if self.terminal else 30.
+        self.checkpoint, self.total, self.terminal = checkpoint, total, sys.stdout.isatty()
+        self.every = .5 if self.terminal else 30.                    # seconds
     def before_fit(self): self.began = self.last = time.monotonic()
+    def before_train(self): self.start = self.checkpoint.step
     def after_batch(self):
-        now, done = time.monotonic(), (self.iter + 1)//self.pieces
-        step = self.start + done
+        now, step = time.monotonic(), self.checkpoint.step
         is_last = self.terminal and step == self.total
-        step, is_last = self.start + done, self.terminal and self.start + done == self.total
-        if not done or now - self.last < self.every and not is_last: return
+        if step == self.start or now - self.last < self.every and not is_last: return
         self.last = now
-        left = (now - self.began)/done*(self.total - step)
-        text = f'{self.title}: step {step}/{self.total}, loss {self.loss.item():.4f}, {_duration(left)} left'
+        left, name = (now - self.began)/(step - self.start)*(self.total - step), self.checkpoint.folder.name
+        text = f'{name}: step {step}/{self.total}, loss {self.loss.item():.4f}, {_duration(left)} left'
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
             print('\r' + text[-width:].ljust(width), end='', flush=True)
@@ -110,12 +103,11 @@ class Execution:
 # %% ../nbs/12ca_stage.ipynb #d0a10009
 def _train(learn, checkpoint, iters, lr_at, cbs, progress):
     "Take the steps that remain"
-    start, pieces = checkpoint.step, checkpoint.pieces
-    learn.dls.train.n_batches = (iters - start)*pieces                # 0 after the last step: it is only restored
+    learn.dls.train.n_batches = (iters - checkpoint.step)*checkpoint.pieces      # 0 after the last step: only restored
     for cb in cbs:
         if isinstance(cb, DeferredReweighting): cb.progress = lambda: checkpoint.step/iters     # of the whole run
-    own = [Schedule(lr_at, start, pieces), TrainOnly(), checkpoint]
-    if progress and checkpoint.ranks.rank == 0: own.append(Progress(checkpoint.folder.name, iters, start, pieces))
+    own = [Schedule(lambda: lr_at(checkpoint.step)), TrainOnly(), checkpoint]
+    if progress and checkpoint.ranks.rank == 0: own.append(Progress(checkpoint, iters))
     waits = [cb for cb in learn.cbs if isinstance(cb, (ProgressCallback, Recorder))]
     with learn.removed_cbs(waits): learn.fit(1, cbs=[*cbs, *own])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_tensors', 'named_tensors', 'load_weights', 'save_model', 'read_metadata', 'load_model']
 
-# %% ../nbs/06a_weights.ipynb #154f6f4b
+# %% ../nbs/06a_weights.ipynb #61ea5208
 import json, re, zlib
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from .data import write_file
+from .files import write_file
 from .models import get_model
 
 # %% ../nbs/06a_weights.ipynb #15a2d284
