@@ -53,8 +53,8 @@ def precision_note(
         notes.add(f'float32, with TF32 in {tf32}' if with_tf32 else precision)
     return '' if notes <= {'float32'} else ' and '.join(sorted(notes))
 
-# %% ../nbs/12b_rows.ipynb #f68fcdb1
-def _parse(data, place):
+# %% ../nbs/12b_rows.ipynb #0606a180
+def _parse_row(data, place):
     "The row in `data`; `place` is named where there is none"
     try: row = json.loads(data)
     except ValueError as e: raise ValueError(f'{place} is damaged, or not a row: {e}') from None
@@ -74,7 +74,7 @@ def read_row(
 ) -> dict: # None if the run is not finished
     "The row of a run. Raises `ValueError` that names a damaged file."
     path = Path(folder)/'row.json'
-    return _parse(path.read_bytes(), path) if path.exists() else None
+    return _parse_row(path.read_bytes(), path) if path.exists() else None
 
 def read_rows(
     path, # Output folder of runs, or a ledger: a `.jsonl` file
@@ -83,7 +83,7 @@ def read_rows(
     path = Path(path).expanduser()
     if path.is_dir(): return [read_row(f.parent) for f in sorted(path.glob('*/row.json'))]
     lines = enumerate(path.read_bytes().split(b'\n'), 1)
-    return [_parse(line, f'{path}, line {i}') for i, line in lines if line.strip()]
+    return [_parse_row(line, f'{path}, line {i}') for i, line in lines if line.strip()]
 
 # %% ../nbs/12b_rows.ipynb #dc270e1d
 def require_fields(
