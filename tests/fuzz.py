@@ -32,22 +32,6 @@ def zero_block(data, rng):
 DAMAGE = (cut_off, flip_bits, zero_block)
 
 
-<<<<<<< HEAD
-def ledger(d):
-    "Rows are dicts of the bytes' own lines, and make a table, or the row that does not is named"
-    from balms.rows import read_rows
-    from balms.tables import format_table
-    path = d/'ledger.jsonl'
-    rows = [dict(key=f'k{i}', recipe=dict(data='digits', imbalance=50, preset='small', method='bs', seed=i), changed={'lr': .1}, train_crc=i, environments=[{}], seconds=1., overall=90., many=99., medium=90., few=None, ece=5., nll=.5, per_class=[.1]*10) for i in range(6)]
-    def check():
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter('always'); res = read_rows(path)
-        assert len(res) + len(told) >= sum(map(bool, path.read_bytes().split(b'\n'))) and all(isinstance(r, dict) for r in res), 'a line was left out silently'
-        try: format_table(res)
-        except ValueError as e:
-            if not any(f'The row {r["key"]} ' in str(e) for r in res): raise AssertionError(f'names no row: {e}') from e
-    return path, ''.join(json.dumps(r) + '\n' for r in rows).encode(), check
-=======
 # ---- kinds of files
 
 @dataclass
@@ -55,7 +39,6 @@ class Kind:
     make: Callable # Folder -> path of a good file
     read: Callable # Path -> what it says
     protected: bool = True # A checksum protects all that is read: a damaged file never says anything else
->>>>>>> k
 
 
 def equal(a, b):
@@ -105,13 +88,13 @@ def make_checkpoint(folder):
     opt.step()
     state = dict(run_id='{}', train_crc=1, step=7, seconds=1.5, model=net.state_dict(), opt=opt.state_dict(),
                  data=dict(position=3, gen=torch.get_rng_state()))
-    save_checkpoint(folder/'checkpoint.pt', state)
+    save_checkpoint(folder, state)
     return folder/'checkpoint.pt'
 
 
-def read_tensors(path):
-    from balms.weights import read_tensors
-    return read_tensors(path)
+def read_checkpoint(path):
+    from balms.checkpoint import read_checkpoint
+    return read_checkpoint(path.parent, '{}')
 
 
 def make_list(folder, name='a_train.txt'):
@@ -214,7 +197,7 @@ def read_annotations(path):
 KINDS = dict(
     weights=Kind(make_weights, read_weights), model=Kind(make_model, read_model),
     old_weights=Kind(lambda d: make_weights(d, _use_new_zipfile_serialization=False), read_weights, protected=False),
-    checkpoint=Kind(make_checkpoint, read_tensors), cache=Kind(make_cache, cached_arrays),
+    checkpoint=Kind(make_checkpoint, read_checkpoint), cache=Kind(make_cache, cached_arrays),
     list=Kind(make_list, read_list, protected=False),
     list_gz=Kind(lambda d: make_list(d, 'a_train.txt.gz'), read_list),
     row=Kind(make_row, read_row, protected=False), ledger=Kind(make_ledger, read_ledger, protected=False),
