@@ -85,7 +85,7 @@ def read_rows(
     lines = enumerate(path.read_bytes().split(b'\n'), 1)
     return [_parse_row(line, f'{path}, line {i}') for i, line in lines if line.strip()]
 
-# %% ../nbs/12b_rows.ipynb #dc270e1d
+# %% ../nbs/12b_rows.ipynb #c3e2c549
 def require_fields(
     rows:list, # Rows
     *names, # Fields
@@ -94,7 +94,7 @@ def require_fields(
     for r in rows:
         if lacks := [k for k in names if k not in r]: raise ValueError(f'The row {r["key"]} has no {", ".join(lacks)}')
 
-# %% ../nbs/12b_rows.ipynb #e5e37fe4
+# %% ../nbs/12b_rows.ipynb #3cc96d44
 def select_rows(
     rows:list, # Rows
     changed:bool=False, # Also those that changed something of their preset
@@ -106,7 +106,7 @@ def select_rows(
     rows = [r for r in rows if changed or not r['changed']]
     return [r for r in rows if all(fits(r, name, value) for name, value in where.items())]
 
-# %% ../nbs/12b_rows.ipynb #c1b1a7e8
+# %% ../nbs/12b_rows.ipynb #22bf114b
 def collect_rows(
     out, # Output folder of runs
     file, # A ledger, made if it is not there
