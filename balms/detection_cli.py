@@ -41,8 +41,8 @@ def _run_all(recipes, train, valid, images, **kwargs):
 def balms_lvis(
     train:str, # Annotation file of the training images
     valid:str, # That of the images to measure AP on
-    images:Param('Folders of the photos', str, nargs='+', required=True)=None,
-    method:Param('Of softmax sigmoid focal class_balanced ldam lws eql bs balms', str, nargs='+')=('bs',),
+    images:Param('Folders of the photos', str, nargs='+', required=True)=None, # Folders of the photos
+    method:Param('Of softmax sigmoid focal class_balanced ldam lws eql bs balms [bs]', str, nargs='+')=None, # Methods
     data:str='lvis_v0.5', # What the data are called in rows and tables
     preset:str='paper', # paper, code or small
     seeds:int=1, # Number of runs a method, with seeds 0, 1, ...
@@ -61,5 +61,5 @@ def balms_lvis(
     settings = dict(preset=preset, iters=iters, iters2=iters2, bs=bs, lr=lr, meta_bs=meta_bs, min_images=min_images,
                     precision=precision)
     with exit_status('balms_lvis'):
-        recipes = _detection_recipes(data, method, seeds, settings)
+        recipes = _detection_recipes(data, method or ['bs'], seeds, settings)
         _run_all(recipes, train, valid, images, out=out, device=device, workers=workers)

@@ -189,7 +189,8 @@ def meta_regions(self:RoIReweighter):
 @torch.no_grad()
 def after_backward(self:RoIReweighter):
     features, logits, labels = self.now
-    scale = self.learn.scaler.get_scale() if hasattr(self.learn, 'mixed_precision') else 1.
+    mixed = getattr(self.learn, 'mixed_precision', None)             # None, too, is what DistributedDataParallel has
+    scale = self.learn.scaler.get_scale() if mixed else 1.
     if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
     meta, params = self.meta_regions(), list(box_classifier(self.model).parameters())
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
