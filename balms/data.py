@@ -10,4 +10,4 @@ from . import array_loader, datasets, long_tail as subsets
 from .long_tail import *
 from .datasets import *
 from .array_loader import *
-__all__ += [name for module in (subsets, datasets, array_loader) for name in module.__all__]
+__all__ = [name for module in (subsets, datasets, array_loader) for name in module.__all__]

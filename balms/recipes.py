@@ -16,4 +16,4 @@ from .learner import *
 from .runs import *
 from .tables import *
 _modules = methods, recipe, rows, checkpoint, stage, learner, runs, tables
-__all__ += [name for module in _modules for name in module.__all__]
+__all__ = [name for module in _modules for name in module.__all__]
