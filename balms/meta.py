@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MetaCallback', 'MetaSampler', 'MetaReweighter']
 
-# %% ../nbs/09b_meta.ipynb #7e22b247
+# %% ../nbs/09b_meta.ipynb #752e6258
 import warnings
 from copy import deepcopy
 import torch
@@ -17,13 +17,14 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import class_counts, list_classes, plain_tensor
-from .data import ArrayDL
+from .array_loader import ArrayDL
 from .credits import ByAutograd, ClosedForm, loss_shares, statistics_kept
 from .meta_gradient import (ClassRates, ESTIMATORS, inner_step, mean_over_ranks, rank_and_size, rate_gradient,
                                  weight_gradient)
 from .metrics import plot_curves
 from .models import find_classifier
-from .samplers import ClassSampler, CleansUp, SampledDL, sampling_rates
+from .sampled_loader import SampledDL
+from .samplers import ClassSampler, CleansUp, sampling_rates
 
 # %% ../nbs/09b_meta.ipynb #ebcccb34
 def _class_sampler(dl, labels, rates, seed, num_classes):
@@ -42,7 +43,7 @@ def _meta_loader(dl, dataset, labels, num_classes, bs, seed):
         return dl.new(dataset, sampler=sampler, bs=bs, augment=dl.augment, seed=seed)
     return SampledDL.from_dl(dl if dataset is dl.dataset else dl.new(dataset), sampler, bs=bs)
 
-def _endless(dl, device):
+def _plain_batches(dl, device):
     "(inputs, class indices) of one batch after another, plain tensors on `device`, one epoch after another"
     while True:
         for batch in dl:
@@ -72,7 +73,7 @@ def _training_counts(callback):
     if (counts == 0).any(): raise ValueError(f'{name}: there are no images of classes {list_classes(counts == 0)}')
     return counts
 
-# %% ../nbs/09b_meta.ipynb #81b1b5e7
+# %% ../nbs/09b_meta.ipynb #8bbed58f
 def _linear_head(net):
     "The last linear layer if it is all that is trained, else None"
     try: head = find_classifier(net)
@@ -81,6 +82,16 @@ def _linear_head(net):
     trained = {p for p in net.parameters() if p.requires_grad}
     return head if is_linear and trained == set(head.parameters()) else None
 
+def _credits(callback):
+    "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if that cannot be"
+    parts = callback.learn, callback.network, callback.trial_step
+    head = _linear_head(callback.network)
+    if head is None and callback.backprop == 'closed':
+        raise ValueError("backprop='closed' needs the last linear layer to be all that is trained. "
+                         "Freeze the rest, or use 'autograd'")
+    return ByAutograd(*parts) if head is None or callback.backprop == 'autograd' else ClosedForm(*parts, head)
+
+# %% ../nbs/09b_meta.ipynb #64258b4d
 def _check_batch(callback, targets):
     "Raise `ValueError` for targets that are not class indices, and for predictions of other classes"
     name, shape, k = type(callback).__name__, tuple(callback.pred.shape), len(callback.psi.w)
@@ -146,14 +157,9 @@ def before_train(self:MetaCallback):
     self.prepare(_training_counts(self))
     self.install()
     self.learn.dl, self.batch_checked = self.dls.train, False
-    head = None if self.backprop == 'autograd' else _linear_head(self.network)
-    if head is None and self.backprop == 'closed':
-        raise ValueError("backprop='closed' needs the last linear layer to be all that is trained. "
-                         "Freeze the rest, or use 'autograd'")
-    self.closed_form = head is not None
-    parts = self.learn, self.network, self.trial_step
-    self.credits = ClosedForm(*parts, head) if self.closed_form else ByAutograd(*parts)
-    self.meta_batches = _endless(self.meta_dl, self.psi.w.device)
+    self.credits = _credits(self)
+    self.closed_form = isinstance(self.credits, ClosedForm)
+    self.meta_batches = _plain_batches(self.meta_dl, self.psi.w.device)
 
 @patch
 def prepare(self:MetaCallback, counts):
@@ -219,6 +225,19 @@ def after_fit(self:MetaCallback):
     self.before_lr_find = None
 
 @patch
+def plot(self:MetaCallback,
+    ax=None, # matplotlib axis; default: a new one
+    title:str='Learned r_c by class', # Above it
+):
+    "r_c of each class, common to rare, at the start, half-way and at the end (Ren et al. 2020, supplement Fig. 3)"
+    half = len(self.history)//2
+    points = [*self.history[:1], *self.history[half:half + 1], (self.n_steps, self.psi.r.cpu())]
+    ax = plot_curves({f'step {step:,}': r for step, r in points}, self.psi.log_n, ax, title, 'r')
+    ax.set_ylim(0, 1)
+    return ax
+
+# %% ../nbs/09b_meta.ipynb #49d1ff35
+@patch
 def state_dict(self:MetaCallback) -> dict: # For `load_state_dict` of a new callback, before or after its first fit
     "The rates, Adam's state, the generators and the history. Raises `ValueError` before the first fit."
     if self.psi is None: raise ValueError(f'{type(self).__name__} has no state before its first fit')
@@ -234,24 +253,11 @@ def load_state_dict(self:MetaCallback, state:dict): # From `state_dict`
     self.psi.load_state_dict(dict(self.psi.state_dict(), w=state['w']))          # raises for other classes
     self.psi_opt.load_state_dict(state['adam'])
     self.gen.set_state(state['gen'].cpu())
-    self.meta_batches = _endless(self.meta_dl, self.psi.w.device)
+    self.meta_batches = _plain_batches(self.meta_dl, self.psi.w.device)
     self.meta_dl.load_state_dict(state['meta'])
     if self.sampler is not None: self.sampler.load_state_dict(state['sampler'])
     self.n_steps, self.history = state['n_steps'], list(state['history'])
     self.set_rates()
-
-# %% ../nbs/09b_meta.ipynb #49d1ff35
-@patch
-def plot(self:MetaCallback,
-    ax=None, # matplotlib axis; default: a new one
-    title:str='Learned r_c by class', # Above it
-):
-    "r_c of each class, common to rare, at the start, half-way and at the end (Ren et al. 2020, supplement Fig. 3)"
-    half = len(self.history)//2
-    points = [*self.history[:1], *self.history[half:half + 1], (self.n_steps, self.psi.r.cpu())]
-    ax = plot_curves({f'step {step:,}': r for step, r in points}, self.psi.log_n, ax, title, 'r')
-    ax.set_ylim(0, 1)
-    return ax
 
 # %% ../nbs/09b_meta.ipynb #1c49d0ce
 @delegates(MetaCallback.__init__)
@@ -262,8 +268,7 @@ class MetaSampler(MetaCallback):
         temperature:float=1., # Of the soft draws of 'gumbel'
         **kwargs # Of `MetaReweighter`
     ):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f'estimator must be in {list(ESTIMATORS)}, not {estimator!r}')
+        if estimator not in ESTIMATORS: raise ValueError(f'estimator must be in {list(ESTIMATORS)}, not {estimator!r}')
         if not temperature > 0: raise ValueError(f'temperature must be positive, not {temperature}')
         super().__init__(**kwargs)
         self.estimator, self.temperature = estimator, temperature
@@ -287,10 +292,10 @@ class MetaSampler(MetaCallback):
         joint = torch.rand(ranks*rows, columns, generator=self.gen, device=self.gen.device)
         return joint[rank*rows:(rank + 1)*rows]
     def gradient(self, credit, targets):
-        g = rate_gradient(credit, targets, self.rates, self.estimator, self.temperature, self.uniform)
-        return mean_over_ranks(g)
+        how = self.estimator, self.temperature, self.uniform
+        return mean_over_ranks(rate_gradient(credit, targets, self.rates, *how))
 
-# %% ../nbs/09b_meta.ipynb #642c7a29
+# %% ../nbs/09b_meta.ipynb #efe2f733
 class MetaReweighter(MetaCallback):
     "Weighs the loss of each sample by its class, with weights that it learns (Ren et al. 2020, supplement B.2)"
     def after_loss(self):
