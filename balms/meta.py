@@ -288,12 +288,11 @@ class MetaSampler(MetaCallback):
 
     def uniform(self, shape):
         "This rank's rows of uniform numbers for the joint batch"
-        (rows, columns), (rank, ranks) = shape, rank_and_size()
-        joint = torch.rand(ranks*rows, columns, generator=self.gen, device=self.gen.device)
-        return joint[rank*rows:(rank + 1)*rows]
+        rank, ranks = rank_and_size()
+        return torch.rand(ranks, *shape, generator=self.gen, device=self.gen.device)[rank]
     def gradient(self, credit, targets):
-        how = self.estimator, self.temperature, self.uniform
-        return mean_over_ranks(rate_gradient(credit, targets, self.rates, *how))
+        g = rate_gradient(credit, targets, self.rates, self.estimator, self.temperature, self.uniform)
+        return mean_over_ranks(g)
 
 # %% ../nbs/09b_meta.ipynb #efe2f733
 class MetaReweighter(MetaCallback):
