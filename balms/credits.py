@@ -82,7 +82,7 @@ class ClosedForm:
     def before_batch(self): self.output = self.dlogits = None
     def remove(self): self.hook.remove()
 
-# %% ../nbs/09a_credits.ipynb #7a5b7e77
+# %% ../nbs/09a_credits.ipynb #2b6617ad
 class ByAutograd:
     "Credits for any model"
     def __init__(self,
@@ -114,5 +114,5 @@ class ByAutograd:
 
     def before_batch(self):
         self.random_state = torch.get_rng_state()
-        self.device_states = get_device_states(*self.net.parameters())
+        self.device_states = get_device_states(next(self.net.parameters()))
     def remove(self): "Nothing was changed"
