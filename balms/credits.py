@@ -69,7 +69,7 @@ class ClosedForm:
 
     def credit(self, meta_inputs, meta_targets, scale=1., weights=None):
         "Credit of each sample (b,)"
-        params, mixed = list(self.head.parameters()), getattr(self.learn, 'mixed_precision', None)
+        params, mixed = list(self.head.parameters()), vars(self.learn).get('mixed_precision')
         with mixed.autocast if mixed else nullcontext(), _random_kept(params[0].device):
             meta_features = classifier_input(self.net, *meta_inputs)
         kept = self.features, self.dlogits, meta_features

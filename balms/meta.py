@@ -143,6 +143,10 @@ class MetaCallback(CleansUp):
         ds = self.dls.train.dataset
         return ds if self.labels is None or hasattr(ds, 'views') else self.labels   # a bank of views has its own
     def trial_step(self, params, grads): return inner_step(self.opt, params, grads, plain=self.inner == 'sgd')
+    def set_rates(self):
+        "The rates of the next batch"
+        self.rates = self.psi.rates()
+        if self.sampler is not None: self.sampler.set_rates(self.rates, check=False)
 
     def make_sampler(self, counts): "The sampler of training batches, if rates decide them"
     def install(self): "Let training use the rates"
@@ -184,7 +188,8 @@ def before_batch(self:MetaCallback): self.credits.before_batch()
 
 @patch
 def after_backward(self:MetaCallback):
-    targets, scale = plain_tensor(self.y), self.scaler.get_scale() if hasattr(self.learn, 'mixed_precision') else 1.
+    targets, scaler = plain_tensor(self.y), vars(self.learn).get('scaler')           # of fastai's mixed precision
+    scale = scaler.get_scale() if scaler else 1.
     if not self.batch_checked:
         _check_batch(self, targets)
         if self.closed_form: _check_closed_form(self.credits.output, plain_tensor(self.pred).detach())
@@ -201,12 +206,6 @@ def after_backward(self:MetaCallback):
     self.set_rates()
     if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
     self.n_steps += 1
-
-@patch
-def set_rates(self:MetaCallback):
-    "The rates of the next batch"
-    self.rates = self.psi.rates()
-    if self.sampler is not None: self.sampler.set_rates(self.rates, check=False)
 
 # %% ../nbs/09b_meta.ipynb #aa295268
 @patch
