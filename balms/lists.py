@@ -40,9 +40,7 @@ class ImageList:
     targets:np.ndarray # int64 labels, (n,)
     lines:list # Line numbers from 1, (n,)
     def __len__(self): return len(self.files)
-    def __repr__(self):
-        labels = f', labels {self.targets.min()}..{self.targets.max()}' if len(self) else ''
-        return f'ImageList: {self.path.name}, {len(self):,} images{labels}'
+    def __repr__(self): return f'ImageList: {self.path.name}, {len(self):,} images'
     def where(self, i): return f'{self.path}:{self.lines[i]}'
 
 def parse_list(
@@ -114,6 +112,7 @@ LIST_FACTS = dict(
     inaturalist18=ListFacts('iNaturalist18', 8142, 437_513, 24_426),
 )
 
+# %% ../nbs/04c_lists.ipynb #a3b69d97
 def count_shots(counts) -> tuple:
     "Classes with many, medium and few of `counts` images (k,), by `balms.metrics.shot_masks`."
     from balms.metrics import shot_masks
@@ -207,6 +206,7 @@ class ListReport:
         if n: result = f'{n:,} problem{"s" if n > 1 else ""}:\n{summarize_problems(self.problems)}'
         return '\n'.join([*self.lines, result])
 
+# %% ../nbs/04c_lists.ipynb #33d8971c
 def missing_classes(images, k) -> list: # Of text
     "Says which of the classes 0..k-1 an `ImageList` has no image of."
     import torch
@@ -249,15 +249,7 @@ def _check_images(root, lists, decode, num_workers, progress):
             found = progress_bar(found, total=len(images))
         return [f'{where}: {problem}' for (where, _), problem in zip(images, found) if problem]
 
-def _describe(split, images):
-    "A line for the report: how large a list is, and its classes"
-    n = np.array(sorted(Counter(images.targets.tolist()).values()))
-    line = f'{split}: {len(images):,} images, {len(n):,} classes of {n.max():,}..{n.min():,}'
-    if split == 'train':
-        line += f', imbalance {n.max()/n.min():g}, many/medium/few ' + '/'.join(map(str, count_shots(n)))
-    return f'{line} ({images.path.name})'
-
-# %% ../nbs/04c_lists.ipynb #8dcac3cb
+# %% ../nbs/04c_lists.ipynb #8dcac3cd
 def _read_all(paths, k):
     "({split: `ImageList`} of the lists that can be read, what is wrong with their lines)"
     lists, problems = {}, []
@@ -268,6 +260,15 @@ def _read_all(paths, k):
         problems += found
     return lists, problems
 
+def _describe(split, images):
+    "A line for the report: how large a list is, and its classes"
+    n = np.array(sorted(Counter(images.targets.tolist()).values()))
+    line = f'{split}: {len(images):,} images, {len(n):,} classes of {n.max():,}..{n.min():,}'
+    if split == 'train':
+        line += f', imbalance {n.max()/n.min():g}, many/medium/few ' + '/'.join(map(str, count_shots(n)))
+    return f'{line} ({images.path.name})'
+
+# %% ../nbs/04c_lists.ipynb #8dcac3cb
 def check_lists(
     name:str, # A published data set of `LIST_FACTS`, or None: your own, of which no counts are known
     root=None, # Folder of the images; None: look at the lists only
