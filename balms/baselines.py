@@ -80,12 +80,18 @@ def class_weight(self:SoftmaxLoss):
     return self.balance if self.weight is None else self.balance*self.weight
 
 # %% ../nbs/10_baselines.ipynb #f579abaf
-def per_class(v, x):
+def per_class(
+    v:Tensor, # k numbers, one a class
+    x:Tensor, # Logits (N, k, ...)
+) -> Tensor:
     "The vector `v` of k numbers, shaped to meet logits `x` (N, k, ...)"
     v = v.view(-1, *[1]*(x.ndim - 2))
     return v.to(x.dtype) if v.is_floating_point() else v
 
-def is_class(y, k):
+def is_class(
+    y:Tensor, # Class indices (N, ...)
+    k:int, # Number of classes
+) -> Tensor: # bool (N, k, ...)
     "One-hot rows (N, k, ...) of class indices (N, ...), as booleans; no entry for an index that is no class"
     return y.unsqueeze(1) == torch.arange(k, device=y.device).view(-1, *[1]*(y.ndim - 1))
 
@@ -102,7 +108,7 @@ class CBW(SoftmaxLoss):
     "Class-balanced weighting: cross-entropy with weights 1/n_j in training, plain cross-entropy after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,)
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         super().__init__(counts, **kwargs)
         self.balance = class_weights(counts)
@@ -124,7 +130,9 @@ def sample_loss(
     terms:Tensor, # What takes the place of -log p, (N, k, ...)
     target:Tensor, # Class indices (N, ...), or probabilities (N, k, ...)
     weight:Tensor=None, # Weight of each class, (k,)
-    ignore_index:int=-100, reduction:str='mean', label_smoothing:float=0., # As in `F.cross_entropy`
+    ignore_index:int=-100, # Targets that do not count
+    reduction:str='mean', # 'mean', 'sum' or 'none'
+    label_smoothing:float=0., # As in `F.cross_entropy`
 ) -> Tensor:
     "`F.cross_entropy`, with `terms` in place of -log p"
     k, w = terms.shape[1], 1. if weight is None else per_class(weight, terms)
@@ -148,7 +156,7 @@ class FocalLoss(SoftmaxLoss):
     def __init__(self,
         counts=None, # Samples a class, (k,): only their number is used
         *, gamma:float=2., # 0 is cross-entropy
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         if gamma < 0: raise ValueError(f'gamma must be 0 or more, not {gamma}')
         super().__init__(counts, **kwargs)
@@ -182,7 +190,7 @@ class LDAM(SoftmaxLoss):
         counts, # Samples a class in the training set, (k,)
         *, max_m:float=.5, # Largest margin, that of the rarest class
         s:float=30., # Scale of the cosines
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         super().__init__(counts, **kwargs)
         margin = positive_vector(counts)**-.25
@@ -202,7 +210,7 @@ class SoftmaxEqualization(SoftmaxLoss):
         *, gamma:float=.9, # Probability of leaving a rare class out; 0 is cross-entropy
         threshold:float=None, # Share of samples below which a class is rare; default 0.3/k
         label_smoothing:float=0., # Must be 0
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         if label_smoothing: raise ValueError(f'SoftmaxEqualization has no label_smoothing: {self.index_only}')
         if not 0 <= gamma <= 1: raise ValueError(f'gamma must be in 0..1, not {gamma}')
@@ -228,7 +236,7 @@ class VectorScaling(SoftmaxLoss):
         counts, # Samples a class in the training set, (k,)
         *, tau:float=1.25, # Strength of the shift
         gamma:float=.15, # Strength of the factor; 0 is `BalancedSoftmax`
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         super().__init__(counts, **kwargs)
         n = positive_vector(counts)
@@ -248,7 +256,7 @@ class LADE(SoftmaxLoss):
         *, alpha:float=.1, # Weight of the regulariser; 0 is `BalancedSoftmax`
         lam:float=.01, # Weight of the square in it
         target_prior=None, # Class shares of the test set, (k,); default: uniform
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         super().__init__(counts, **kwargs)
         self.shift = log_prior(counts, 1., target_prior)
@@ -290,20 +298,17 @@ class DeferredReweighting(Callback):
     def before_fit(self):
         self.after_fit()                                                         # if an error ended the fit before
         f = self.weighted_loss()
-        if f.weight is not None and len(f.weight) != len(self.weights):
-            raise ValueError(f'{len(self.weights)} counts for a loss of {len(f.weight)} classes')
-        w = self.weights.to(self.dls.device)
-        self.kept = f, f.weight, w if f.weight is None else w*f.weight.to(w.device)
+        own = torch.ones_like(self.weights) if f.weight is None else f.weight
+        if len(own) != len(self.weights): raise ValueError(f'{len(self.weights)} counts for {len(own)} class weights')
+        self.kept = f, f.weight, self.weights.to(self.dls.device)*own.to(self.dls.device)
 
     def weighted_loss(self):
         "The loss whose `weight` is set. Raises `ValueError` for one that has none, or weights of its own method"
         f = getattr(self.learn.loss_func, 'func', self.learn.loss_func)          # fastai's flattened losses
-        name = type(f).__name__
-        if not isinstance(f, nn.Module) or 'weight' not in f._buffers:
-            raise ValueError('DeferredReweighting needs a loss with a buffer `weight`, as nn.CrossEntropyLoss has; '
-                             f'{name} has none')
+        if 'weight' not in getattr(f, '_buffers', ()):
+            raise ValueError(f'DeferredReweighting needs a loss with a buffer `weight`; {type(f).__name__} has none')
         if getattr(f, 'balance', None) is not None:
-            raise ValueError(f'{name} weighs the classes from the start: there is nothing to defer')
+            raise ValueError(f'{type(f).__name__} weighs the classes from the start: there is nothing to defer')
         return f
 
     def before_batch(self):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_labels', 'class_counts', 'list_classes', 'positive_vector', 'log_prior', 'check_shapes', 'plain_tensor',
-           'shifted_cross_entropy', 'balanced_softmax_loss', 'ClassificationLoss', 'BalancedSoftmax', 'adjust_logits']
+           'shifted_cross_entropy', 'balanced_softmax_loss', 'ClassificationLoss', 'BalancedSoftmax', 'adjust_logits',
+           'BalancedSigmoid', 'log_odds_prior']
 
 # %% ../nbs/00_core.ipynb #a6434f43
 import math, torch, torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import nn, Tensor
 from torch.utils.data import Dataset
 
 # %% ../nbs/00_core.ipynb #194ab7dc
-def read_labels(x):
+def read_labels(
+    x, # Anything that `class_counts` takes
+) -> Tensor: # Labels, one a sample
     "The labels of `x`, anything that `class_counts` takes, as a tensor. Images are never read."
     if isinstance(x, Tensor): return x
     for name in ('targets', 'labels', '_labels'):                   # torchvision's data sets, and ours
@@ -61,7 +64,10 @@ def _multi_hot_counts(rows, num_classes):
     return rows.sum(0).long()
 
 # %% ../nbs/00_core.ipynb #ae2085d3
-def list_classes(mask, n=10):
+def list_classes(
+    mask:Tensor, # bool (k,)
+    n:int=10, # How many classes to name
+) -> str:
     "Where `mask` is true, as text: the first `n` classes, and how many more"
     i = mask.nonzero().flatten().tolist()
     return f'{i[:n]}' if len(i) <= n else f'{i[:n]} and {len(i) - n} more'
@@ -76,10 +82,10 @@ def positive_vector(
         raise TypeError(f'{name} must be numbers, one a class; got {type(v).__name__}') from e
     if v.ndim != 1: raise ValueError(f'{name} must be one-dimensional, one number a class; got shape {tuple(v.shape)}')
     if not len(v): raise ValueError(f'{name} is empty: one number a class is needed')
-    zero = 'no samples in' if name == 'counts' else 'zero for'
+    zero = ': no samples in' if name == 'counts' else ' is zero for'
     hint = '; leave these classes out, or give them a pseudo-count' if name == 'counts' else ''
-    for bad, what in ((~v.isfinite(), 'not finite for'), (v < 0, 'negative for'), (v == 0, zero)):
-        if bad.any(): raise ValueError(f'{name}: {what} classes {list_classes(bad)}' + (hint if what == zero else ''))
+    for bad, what in ((~v.isfinite(), ' is not finite for'), (v < 0, ' is negative for'), (v == 0, zero)):
+        if bad.any(): raise ValueError(f'{name}{what} classes {list_classes(bad)}' + (hint if what == zero else ''))
     return v
 
 # %% ../nbs/00_core.ipynb #d7e0b4ca
@@ -99,7 +105,12 @@ def log_prior(
     return (shift - shift.max()).float()
 
 # %% ../nbs/00_core.ipynb #4dbb152d
-def check_shapes(input, target, k, axis):
+def check_shapes(
+    input:Tensor, # Logits
+    target:Tensor, # Class indices, or probabilities
+    k:int, # Number of classes
+    axis:int, # The class axis of `input`
+):
     "Raise `ValueError` if `input` has not `k` classes along `axis`, or `target` does not fit `input`."
     axis = axis if input.ndim > 1 else 0
     if input.shape[axis] != k:
@@ -112,7 +123,9 @@ def check_shapes(input, target, k, axis):
         raise ValueError('Class indices as target need the shape of input without its class axis; '
                          f'input {tuple(input.shape)}, target {tuple(target.shape)}')
 
-def plain_tensor(x):
+def plain_tensor(
+    x:Tensor, # Of any subclass
+) -> Tensor:
     "`x` without its subclass: fastai's tensors bring rules of their own for mixing types"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
@@ -158,7 +171,12 @@ def balanced_softmax_loss(
 class ClassificationLoss(nn.Module):
     "What the losses here share: float32 buffers `shift` and `weight`, and fastai's protocol for a loss over `axis`."
     y_int = True  # fastai's MixUp and CutMix: targets are class indices
-    def __init__(self, shift, weight=None, reduction='mean', axis=1):
+    def __init__(self,
+        shift, # What training adds to the logits, float32 (k,)
+        weight=None, # Weight of each class, (k,)
+        reduction:str='mean', # 'mean', 'sum' or 'none'
+        axis:int=1, # The class axis of the logits
+    ):
         super().__init__()
         if reduction not in ('mean', 'sum', 'none'):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
@@ -231,8 +249,8 @@ def adjust_logits(
     return (input.movedim(axis, -1) - shift).movedim(-1, axis)
 
 # %% ../nbs/00_core.ipynb #5a464828
+_all_ = ['BalancedSigmoid', 'log_odds_prior']                # of balms.sigmoid, which imports this module
 def __getattr__(name):
-    if name not in ('BalancedSigmoid', 'log_odds_prior', 'SigmoidLoss'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in (*_all_, 'SigmoidLoss'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     import balms.sigmoid
     return getattr(balms.sigmoid, name)

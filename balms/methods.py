@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method']
 
-# %% ../nbs/12_methods.ipynb #16fe6b6a
+# %% ../nbs/12_methods.ipynb #f755b6c2
 from dataclasses import dataclass
 from functools import partial
 from torch import nn
-from .baselines import (CBW, LADE, LDAM, ClassBalancedLoss, CosineLinear, DeferredReweighting, FocalLoss,
-    SigmoidEqualization, SigmoidFocalLoss, SoftmaxEqualization, VectorScaling)
-from .core import BalancedSigmoid, BalancedSoftmax, adjust_logits
+from .baselines import (
+    CBW, LADE, LDAM, CosineLinear, DeferredReweighting, FocalLoss, SoftmaxEqualization, VectorScaling)
+from .core import BalancedSoftmax, adjust_logits
 from .decoupled import nearest_class_mean, tau_normalize
 from .meta import MetaReweighter, MetaSampler
+from .sigmoid import BalancedSigmoid
+from .sigmoid_baselines import ClassBalancedLoss, SigmoidEqualization, SigmoidFocalLoss
 
 # %% ../nbs/12_methods.ipynb #2fed4556
 @dataclass(frozen=True)

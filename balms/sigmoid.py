@@ -52,7 +52,15 @@ def multi_hot(
 # %% ../nbs/00a_sigmoid.ipynb #f4570dae
 class SigmoidLoss(ClassificationLoss):
     "What the sigmoid losses share; a subclass gives the k terms of a sample in `terms(logits, multi_hot_targets)`."
-    def __init__(self, shift, weight=None, ignore_index=-100, reduction='mean', multilabel=False, thresh=.5, axis=1):
+    def __init__(self,
+        shift, # What training adds to the logits, float32 (k,)
+        weight=None, # Weight of each class, (k,)
+        ignore_index:int=-100, # Targets that do not count
+        reduction:str='mean', # Over the samples: 'mean', 'sum' or 'none'; a sample's loss is the sum of its k terms
+        multilabel:bool=False, # Predict all classes over `thresh` in place of the best one
+        thresh:float=.5, # Probability above which a class is predicted, if `multilabel`
+        axis:int=1, # The class axis of the logits
+    ):
         super().__init__(shift, weight, reduction, axis)
         self.ignore_index, self.multilabel, self.thresh = ignore_index, multilabel, thresh
 

@@ -15,13 +15,21 @@ from .core import class_counts, positive_vector, read_labels
 from .sigmoid import SigmoidLoss
 
 # %% ../nbs/10a_sigmoid_baselines.ipynb #7d66272d
-def focal_terms(x, t, gamma, alpha=None):
-    "Terms of the sigmoid focal loss of logits for multi-hot targets; `alpha=None` leaves that weight out"
+def focal_terms(
+    x:Tensor, # Logits (..., k)
+    t:Tensor, # Multi-hot targets (..., k)
+    gamma:float, # 0 is binary cross-entropy
+    alpha:float=None, # Weight of positives, 1 - alpha that of negatives; None: 1 for both
+) -> Tensor: # (..., k)
+    "The k terms of the sigmoid focal loss of each sample"
     pos, neg = F.logsigmoid(x), F.logsigmoid(-x)                                       # log p and log(1 - p)
     a, b = (1, 1) if alpha is None else (alpha, 1 - alpha)
     return -(t*a*pos*(gamma*neg).exp() + (1 - t)*b*neg*(gamma*pos).exp())
 
-def in_float32(x, t):
+def in_float32(
+    x:Tensor, # Logits
+    t:Tensor, # Targets
+) -> tuple:
     "`x` in at least float32, and `t` like it"
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x, t.to(x.dtype)
@@ -54,7 +62,7 @@ class SigmoidFocalLoss(SigmoidBaseline):
         counts=None, # Samples a class, (k,): only their number is used
         *, gamma:float=2., # 0, with `alpha=None`, is binary cross-entropy
         alpha:float=.25, # Weight of positives, 1 - alpha that of negatives; None: 1 for both
-        **kwargs
+        **kwargs # Of `SigmoidBaseline`: weight, ignore_index, reduction, multilabel, thresh, axis
     ):
         if gamma < 0: raise ValueError(f'gamma must be 0 or more, not {gamma}')
         if alpha is not None and not 0 <= alpha <= 1: raise ValueError(f'alpha must be in 0..1, or None; not {alpha}')
@@ -73,7 +81,7 @@ class ClassBalancedLoss(SoftmaxLoss):
         *, beta:float=.9999, # 0 weighs no class, 1 by 1/n_j
         kind:str='softmax', # 'softmax', 'sigmoid' or 'focal' (which is the sigmoid form)
         gamma:float=.5, # For 'focal'
-        **kwargs
+        **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         if kind not in ('softmax', 'sigmoid', 'focal'):
             raise ValueError(f"kind must be 'softmax', 'sigmoid' or 'focal', not {kind!r}")
@@ -121,7 +129,7 @@ class SigmoidEqualization(SigmoidBaseline):
         counts, # Training images that have the class, (k,)
         *, total:float=None, # Number of training images; default: the sum of `counts`. 1 if `counts` are shares
         threshold:float=1.76e-3, # Share of images below which a class is rare
-        **kwargs
+        **kwargs # Of `SigmoidBaseline`: weight, ignore_index, reduction, multilabel, thresh, axis
     ):
         super().__init__(counts, **kwargs)
         f = positive_vector(counts)

@@ -189,21 +189,19 @@ def paper_table(
     head = ['method', *(f'{data} {imbalance}' for data, imbalance in paper)]
     body = [[method_title(m), *(cell(column, m) for column in paper)] for m in methods]
     title = f'Table {table}, preset {preset}: ours, mean ± standard error (seeds)' + beside*' / the paper'
-    commands = _commands(methods, paper, ours, preset)
-    parts = [_grid(title, head, body, markdown, notes)]
-    if commands: parts += [f'Missing, or of fewer than 3 seeds{":" if markdown else ", by"}']
-    if commands: parts += ['\n'.join('    '*markdown + c for c in commands)]
+    parts = [_grid(title, head, body, markdown, notes), *_missing(methods, paper, ours, preset, markdown)]
     return '\n\n'.join(parts)
 
-def _commands(methods, columns, ours, preset):
-    "The commands that fill what has fewer than 3 seeds"
+# %% ../nbs/12e_tables.ipynb #ea39a31d
+def _missing(methods, columns, ours, preset, markdown):
+    "Paragraphs of what has fewer than 3 seeds, and of the commands that fill it"
     commands = []
     for data, imbalance in columns:
         done = ours.get((data, imbalance), {})
         few = [m for m in methods if m in METHODS and (m not in done or done[m]['n'] < 3)]
         command = f'balms_train --data {data} --imbalance {imbalance} --preset {preset} --method {" ".join(few)}'
-        if few: commands.append(command)
-    return commands
+        if few: commands.append('    '*markdown + command)
+    return [f'Missing, or of fewer than 3 seeds{":" if markdown else ", by"}', '\n'.join(commands)] if commands else []
 
 # %% ../nbs/12e_tables.ipynb #b56e9dee
 def _one_set(rows):
@@ -214,7 +212,7 @@ def _one_set(rows):
     sets, by = {(*_preset(r), _changes(r, False)) for r in rows}, {}
     for r in rows: by.setdefault(r['recipe']['method'], []).append(r)
     several = [m for m, rs in by.items() if len({_changes(r, True) for r in rs}) > 1]
-    if len(sets) > 1: raise ValueError(f'One data set, imbalance, preset and changes a figure; got {len(sets)}')
+    if len(sets) != 1: raise ValueError(f'One data set, imbalance, preset and changes a figure; got {len(sets)}')
     if several: raise ValueError(f'One second stage a figure; got several of {", ".join(several)}')
     (data, imbalance, preset, changed), = sets
     title, n = run_title(data, imbalance, f'{preset} ({changed})' if changed else preset), max(map(len, by.values()))
@@ -238,7 +236,7 @@ def finish_figure(
         plt.close(fig)
     return fig
 
-# %% ../nbs/12e_tables.ipynb #393bd627
+# %% ../nbs/12e_tables.ipynb #07a77dfb
 def plot_runs(
     rows:list, # Rows with one data set, imbalance and preset
     path=None, # Save the figure here

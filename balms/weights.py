@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['read_tensors', 'named_tensors', 'load_weights', 'save_model', 'read_metadata', 'load_model']
 
-# %% ../nbs/06a_weights.ipynb #30eb32fb
+# %% ../nbs/06a_weights.ipynb #61ea5208
 import json, re, zlib
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import ZipFile, is_zipfile
-import torch
+import numpy as np, torch
+from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from .data import write_file
+from .files import write_file
 from .models import get_model
 
-# %% ../nbs/06a_weights.ipynb #56af2060
+# %% ../nbs/06a_weights.ipynb #15a2d284
+_scalar, _number_types = np.float64(0).__reduce__()[0], (np.float64, np.float32, np.int64)
+_HARMLESS = [L, np.dtype, *(type(np.dtype(t)) for t in _number_types),
+            (_scalar, 'numpy.core.multiarray.scalar'), (_scalar, 'numpy._core.multiarray.scalar')]
+
 def _checksum(tensors, metadata):
     "CRC-32 of the names, types, shapes and values of tensors, and of their metadata"
     crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
@@ -42,7 +47,9 @@ def _read_torch(path):
     if zipped:
         with ZipFile(path) as archive: damaged = archive.testzip()
         if damaged: raise ValueError(f'its member {damaged} is damaged')
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except UnpicklingError as e:
         raise ValueError('it is damaged, or holds more than tensors and plain values; of a whole model or '
                          'learner, save the state_dict alone') from e

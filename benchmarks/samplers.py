@@ -3,7 +3,7 @@
     python benchmarks/samplers.py [--threads 1] [--device cpu] [--seconds 3]
 
 Three long tails, as large as CIFAR-100-LT, ImageNet-LT and two million images, all drawn class-balanced. `ClassSampler.draw` is compared
-with `torch.multinomial` over the images' weights, once a batch, which is what drawing by rates that change in every step takes;
+with `torch.multinomial` over the images' weights, once a batch, which is what drawing by rates that change in every step takes
 and with `WeightedRandomSampler`, which draws a whole epoch at once, counted per batch, for rates that do not change. The sides
 are timed in short turns, so that whatever else the machine does falls on all of them. Times are medians over the turns, ratios
 are medians of the ratio within a turn.
@@ -20,7 +20,10 @@ LIMIT_US = 300                                                           # of a 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--threads', type=int, default=1); p.add_argument('--device', default='cpu'); p.add_argument('--seconds', type=float, default=3); p.add_argument('--bs', type=int, default=512)
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--seconds', type=float, default=3)
+    p.add_argument('--bs', type=int, default=512)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     sync = torch.cuda.synchronize if a.device.startswith('cuda') else lambda: None

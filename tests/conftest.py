@@ -3,10 +3,12 @@ import os
 import pytest, torch
 from hypothesis import settings
 
-torch.set_num_threads(int(os.environ.get('BALMS_TEST_THREADS', 1)))   # small work: threads that wait for each other cost more than they do
+# small work: threads that wait for each other cost more than they do
+torch.set_num_threads(int(os.environ.get('BALMS_TEST_THREADS', 1)))
 
 
-# How much is tried: 'ci', the same examples each time, or 'nightly', others each night. `nightly` says the same to the tests that draw for themselves.
+# How much is tried: 'ci', the same examples each time, or 'nightly', others each night. `nightly` says the same to the
+# tests that draw for themselves.
 settings.register_profile('ci', max_examples=300, deadline=None, derandomize=True)
 settings.register_profile('nightly', max_examples=10_000, deadline=None)
 PROFILE = os.environ.get('BALMS_PROFILE') or os.environ.get('HYPOTHESIS_PROFILE') or 'ci'

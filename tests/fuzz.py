@@ -1,277 +1,234 @@
-"""Changes files at random and hands them to what reads them, in a process of its own with a limit on memory and on time. Started by `test_fuzz.py`: `python fuzz.py KIND N SEED FOLDER`; prints what was wrong as JSON.
+"""Files that are damaged at random, and what reads them. `KINDS` says for each kind of file how a good one is made and
+how it is read. Reading a damaged one gives the same as before, where a checksum protects the file, or something of the
+same kind, or a `ValueError` or `OSError` that names the file: never a crash, and never silently something else.
 
-Right is an error that names the file (`ValueError` or `OSError`), or a result that `check` finds to be what the bytes say. Wrong is also an error behind which no memory was left, and a change that costs more than `GROWTH` of memory. A crash or a hang ends this process, which the test sees."""
-import gzip, io, json, os, random, resource, signal, sys, warnings
+    python tests/fuzz.py weights 1000 0        # kind, number of damaged files, first seed; without arguments all kinds
+"""
+import gzip, json, os, random, sys, tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 import numpy as np, torch
 from PIL import Image
 
 
-def numbers(rng): return rng.choice((b'0', b'-1', b'99999999999999999999', b'1'*5000, b'2147483648', b'4294967295', b'1e400', b'nan'))
+# ---- damage
+
+def cut_off(data, rng): return data[:rng.randrange(len(data))]
 
 
-def mutate(data, rng, other=b''):
-    "One to four changes, of many kinds"
+def flip_bits(data, rng):
     data = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        i = rng.randrange(len(data) + 1); j = min(len(data), i + rng.randint(1, rng.choice((2, 16, 4096))))
-        how = rng.randrange(11)
-        if how == 0 and data: data[i % len(data)] ^= 1 << rng.randrange(8)
-        elif how == 1 and data: data[i % len(data)] = rng.randrange(256)
-        elif how == 2: data[i:i] = rng.randbytes(rng.randint(1, 64))
-        elif how == 3: del data[i:j]
-        elif how == 4: data[i:i] = data[i:j]*rng.choice((1, 3, 100))
-        elif how == 5: del data[i:]
-        elif how == 6: data[i:j] = rng.choice((b'\xff', b'\0', b' ', b'\n', b'/', b'['))*(j - i)
-        elif how == 7: data[i:j] = numbers(rng)
-        elif how == 8: data[i:i] = rng.choice((b'../', b'/etc/passwd 0\n', b'\0', b'\r\n', b'\t', b'\\', b'C:\\x 1\n', b'\xef\xbb\xbf', b'\xff\xfe', '\u2028 1\n'.encode(), b'NaN', b'{"', b'PK\3\4'))
-        elif how == 9 and other: data[i:j] = other[i:j + rng.randint(0, 64)]
-        elif how == 10: data[i:i + 8] = rng.choice((2**63 - 1, 2**40, 2**31, 2**64 - 1)).to_bytes(8, rng.choice(('little', 'big')))
+    for _ in range(rng.randint(1, 4)): data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return bytes(data)
 
 
-def lists(d):
-    "A training list: no line is lost or altered, no path leads out of the root, no label is beyond the list"
-    from balms.list_loader import load_lists
-    from balms.lists import read_list
-    lines = [f'train/c{j}/{i}.jpg {j}' for j in range(8) for i in range(12)]
-    (d/'a_test.txt').write_text('\n'.join(l.replace('train', 'test') for l in lines) + '\n')
-    path = d/'a_train.txt'
-    def check():
-        lst = read_list(path)
-        text = path.read_bytes().decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n').split('\n')
-        text = text[:-1] if text[-1] == '' else text
-        assert len(lst) == len(text) and lst.lines == list(range(1, len(text) + 1)), 'lines were lost'
-        for file, label, line in zip(lst.files, lst.targets.tolist(), text):
-            assert line.split() == f'{file} {label}'.split() or line.strip().endswith(str(label)) or int(line.split()[-1]) == label, (line, file, label)
-            assert (Path('/root/x')/file).is_relative_to('/root/x') and '..' not in Path(file).parts, file
-        train, _ = load_lists(d)
-        assert train.c <= len(train)
-    return path, ('\n'.join(lines) + '\n').encode(), check
+def zero_block(data, rng):
+    start = rng.randrange(len(data))
+    stop = min(len(data), start + rng.choice((8, 64, 512, 4096)))
+    return data[:start] + bytes(stop - start) + data[stop:]
 
 
-def lists_gz(d):
-    path, data, _ = lists(d)
-    path.unlink(missing_ok=True); path = d/'a_train.txt.gz'
-    from balms.lists import read_list
-    def check(): assert all('..' not in Path(f).parts for f in read_list(path).files)
-    return path, gzip.compress(data), check
+DAMAGE = (cut_off, flip_bits, zero_block)
 
 
-def ledger(d):
-    "Rows are dicts of the bytes' own lines, and make a table, or the row that does not is named"
-    from balms.recipes import format_table, read_ledger
-    path = d/'ledger.jsonl'
-    rows = [dict(key=f'k{i}', recipe=dict(data='digits', imbalance=50, preset='small', method='bs', seed=i), changed={'lr': .1}, train_crc=i, seconds=1., overall=90., many=99., medium=90., few=None, ece=5., nll=.5, per_class=[.1]*10) for i in range(6)]
-    def check():
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter('always'); res = read_ledger(path)
-        assert len(res) + len(told) >= sum(map(bool, path.read_bytes().split(b'\n'))) and all(isinstance(r, dict) for r in res), 'a line was left out silently'
-        try: format_table(res)
-        except ValueError as e:
-            if not any(f'The row {r["key"]} ' in str(e) for r in res): raise AssertionError(f'names no row: {e}') from e
-    return path, ''.join(json.dumps(r) + '\n' for r in rows).encode(), check
+# ---- kinds of files
+
+@dataclass
+class Kind:
+    make: Callable # Folder -> path of a good file
+    read: Callable # Path -> what it says
+    protected: bool = True # A checksum protects all that is read: a damaged file never says anything else
 
 
-def _same(a, b):
-    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(_same, a, b))
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray): return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
 
-def checkpoints(d):
-    "A checkpoint is what was saved, to the bit, or refused"
-    from balms.models import get_model
-    from balms.recipes import _checkpoint, _save
-    about, net = dict(recipe='r', train_crc=1), get_model('small_cnn', 10, 1)
+def network():
+    from balms.models import small_cnn
+    torch.manual_seed(0)
+    return small_cnn(10)
+
+
+def make_weights(folder, **kwargs):
+    torch.save(network().state_dict(), folder/'weights.pth', **kwargs)
+    return folder/'weights.pth'
+
+
+def make_model(folder):
+    from balms.weights import save_model
+    save_model(folder/'model.safetensors', network(), network='small_cnn', classes=list('abcdefghij'), in_channels=1)
+    return folder/'model.safetensors'
+
+
+def read_weights(path):
+    from balms.weights import load_weights
+    net = network()
+    for p in net.parameters(): p.data.zero_()
+    load_weights(net, path, keep_classifier=True)
+    return net.state_dict()
+
+
+def read_model(path):
+    from balms.weights import load_model
+    model, metadata = load_model(path)
+    return model.state_dict(), metadata
+
+
+def make_checkpoint(folder):
+    from balms.checkpoint import save_checkpoint
+    net = network()
     opt = torch.optim.SGD(net.parameters(), .1, momentum=.9)
-    net(torch.randn(2, 1, 8, 8)).sum().backward(); opt.step()
-    state = dict(about=about, step=7, seconds=1.5, model=net.state_dict(), opt=opt.state_dict(), data=dict(pos=3, gen=torch.get_rng_state()), rng=torch.get_rng_state(), cuda=[], scaler={}, cbs={})
-    path = d/'checkpoint.pt'; _save(path, state)
-    def check(): assert _same(_checkpoint(path, about), state), 'silently another state'
-    return path, path.read_bytes(), check
+    net(torch.randn(2, 1, 8, 8)).sum().backward()
+    opt.step()
+    state = dict(run_id='{}', train_crc=1, step=7, seconds=1.5, model=net.state_dict(), opt=opt.state_dict(),
+                 data=dict(position=3, gen=torch.get_rng_state()))
+    save_checkpoint(folder/'checkpoint.pt', state)
+    return folder/'checkpoint.pt'
 
 
-def weights(d):
-    "Weights in a file of today: loaded as they were saved, or refused"
-    from balms.models import get_model, load_weights
-    net, new = get_model('small_cnn', 10, 1), get_model('small_cnn', 10, 1)
-    path = d/'weights.pth'; torch.save(net.state_dict(), path)
-    def check(): load_weights(new, path, keep_classifier=True); assert _same(new.state_dict(), net.state_dict()), 'silently other weights'
-    return path, path.read_bytes(), check
+def read_tensors(path):
+    from balms.weights import read_tensors
+    return read_tensors(path)
 
 
-def old_weights(d):
-    "In the format of old releases, which has no checksums: never a crash"
-    from balms.models import get_model, load_weights
-    net = get_model('small_cnn', 10, 1)
-    path = d/'weights.pth'; torch.save(net.state_dict(), path, _use_new_zipfile_serialization=False)
-    return path, path.read_bytes(), lambda: load_weights(net, path, keep_classifier=True)
+def make_list(folder, name='a_train.txt'):
+    lines = ''.join(f'train/c{j}/{i}.jpg {j}\n' for j in range(8) for i in range(12)).encode()
+    (folder/name).write_bytes(gzip.compress(lines) if name.endswith('gz') else lines)
+    return folder/name
 
 
-def cache(d):
-    "A cached array is what was made, or is made again: never an error"
-    from balms.data import cached
-    os.environ['BALMS_CACHE'] = str(d)
-    arrays, about = dict(train=np.arange(1200, dtype=np.uint8).reshape(100, 3, 2, 2), test=np.ones((10, 3, 2, 2), np.uint8)), dict(vocab=['a', 'b'])
-    make = lambda: cached('digits', [1, 'a'], lambda: (arrays, about))
-    make(); path = d/'digits.npz'
-    def check():
-        try: got, said = make()
-        except Exception as e: raise AssertionError(f'{type(e).__name__}: {e}') from e
-        assert said == about and got.keys() == arrays.keys() and all(np.array_equal(got[k], arrays[k]) and got[k].dtype == arrays[k].dtype for k in arrays), 'silently other arrays'
-    return path, path.read_bytes(), check
+def read_list(path):
+    from balms.lists import read_list
+    images = read_list(path)
+    for file in images.files:
+        inside = os.path.normpath(os.path.join('/root/images', file)).startswith('/root/images')
+        assert inside, f'{file} leads out of the folder of images'
+    return list(images.files), images.targets
 
 
-def _image(d, name, **kw):
-    "A folder of images of which one is changed: an error that names it, or images of the size that was asked for and all others as they were"
-    from balms.data import load_folder
-    os.environ['BALMS_CACHE'] = str(d/'cache')
-    rng = np.random.default_rng(0)
-    for s in ('train', 'test'):
-        for c in 'ab':
-            (d/s/c).mkdir(parents=True, exist_ok=True)
-            for i in range(2): Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(d/s/c/f'{i}.png')
-    want = load_folder(d, 8)[0].images
-    (d/'train/b/1.png').unlink(); path = d/'train/b'/f'1.{name}'
-    Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path, **kw)
-    def check():
-        for f in (d/'cache').glob('*'): f.unlink()
-        got = load_folder(d, 8)[0].images
-        assert got.shape == want.shape and torch.equal(got[:3], want[:3])
-    return path, path.read_bytes(), check
+def make_row(folder):
+    from balms.rows import write_row
+    row = dict(key='k', recipe=dict(data='digits', imbalance=50, method='bs', seed=0), changed={}, train_crc=1,
+               seconds=1., overall=90., many=99., medium=90., few=None, ece=5., nll=.5, per_class=[.1]*10,
+               environments=[dict(balms='1', device='cpu')])
+    write_row(folder, row)
+    return folder/'row.json'
 
 
-def _listed(d, name):
-    "An image of a list that is changed: an error that names it, or an image"
-    from balms.list_loader import ImageListDataset
-    path = d/f'1.{name}'
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
-    def check():
-        x = ImageListDataset([path.name], d).image(0)
-        assert x.dtype == torch.uint8 and x.ndim == 3 and x.shape[0] == 3
-    return path, path.read_bytes(), check
+def read_row(path):
+    from balms.rows import read_row
+    return read_row(path.parent)
 
 
-def pack(d):
-    "A pack has the images that were packed, or says that it does not"
-    from balms.list_loader import load_lists
+def make_ledger(folder):
+    row = json.loads(make_row(folder).read_text())
+    rows = [dict(row, key=f'k{i}') for i in range(6)]
+    (folder/'ledger.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return folder/'ledger.jsonl'
+
+
+def read_ledger(path):
+    from balms.rows import read_rows
+    return read_rows(path)
+
+
+ARRAYS = dict(train=np.arange(1200, dtype=np.uint8).reshape(100, 3, 2, 2), test=np.ones((10, 3, 2, 2), np.uint8))
+
+
+def cached_arrays(path):
+    "A cache that cannot be read is made again"
+    from balms.datasets import cached
+    os.environ['BALMS_CACHE'] = str(path.parent)
+    return cached('arrays', [1, 'a'], lambda: (ARRAYS, dict(vocab=['a', 'b'])))
+
+
+def make_cache(folder):
+    cached_arrays(folder/'arrays.npz')
+    return folder/'arrays.npz'
+
+
+def image_kind(suffix):
+    def make(folder):
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder/f'image.{suffix}')
+        return folder/f'image.{suffix}'
+    def read(path):
+        from balms.datasets import read_image
+        image = read_image(path)
+        assert image.mode == 'RGB'
+        return image.size
+    return Kind(make, read, protected=False)
+
+
+def make_pack(folder):
     from balms.lists import sample_tree
-    from balms.packs import PackedDataset, pack_images
-    train, _ = load_lists(sample_tree(d/'tree', n_max=6, imbalance=3))
-    path = d/'train.pack'
-    ds = pack_images(train, path, short=12, num_workers=0)
-    want = [ds.image(i) for i in range(len(ds))]
-    def check():
-        ds = PackedDataset(path)
-        assert len(ds) == len(want) and ds.targets.tolist() == train.targets.tolist() and all(torch.equal(ds.image(i), w) for i, w in enumerate(want)), 'silently other images'
-    return path, path.read_bytes(), check
+    from balms.list_loader import load_lists
+    from balms.packs import pack_images
+    train, _ = load_lists(sample_tree(folder/'tree', n_max=6, imbalance=3))
+    pack_images(train, folder/'train.zip', short=12, num_workers=0)
+    return folder/'train.zip'
 
 
-def annotations(d):
-    "An annotation file, run lengths and polygons in turn, is read whole, and its images and masks are there, and AP is measured, or what is wrong is said"
-    from balms.lvis import InstanceAP, InstanceDataset, digit_scenes, read_annotations
-    path = digit_scenes(d, n=4, n_valid=2, size=24, imbalance=3)/'digits_train.json'
-    file = json.loads(path.read_bytes())
-    for a in file['annotations'][::2]: x, y, w, h = a['bbox']; a['segmentation'] = [[x, y, x + w, y, x + w, y + h/2], [x, y, x + w, y + h/2, x + w, y + h, x, y + h]]
-    path.write_text(json.dumps(file))
-    def check():
-        anns = read_annotations(path, d/'train')
-        assert len(anns) and int(anns.instance_counts.sum()) >= 0 and (anns.instance_counts >= 0).all()
-        ds, ap = InstanceDataset(anns, train=False), InstanceAP(anns)
-        for i in range(len(ds)):
-            x, t = ds[i]
-            ap.add([dict(boxes=t['boxes'].as_subclass(torch.Tensor), labels=t['labels'], scores=torch.ones(len(t['labels'])), masks=t['masks'].as_subclass(torch.Tensor)[:, None].float())], [t['image_id']])
-            assert t['boxes'].isfinite().all() and t['masks'].shape[-2:] == x.shape[-2:] and ((1 <= t['labels']) & (t['labels'] <= anns.c)).all() and (t['boxes'][:, :2] <= t['boxes'][:, 2:]).all()
-        assert all(v != v or 0 <= v <= 1 for v in ap.compute().values())
-    return path, path.read_bytes(), check
+def read_pack(path):
+    from balms.packs import PackedDataset
+    ds = PackedDataset(path)
+    return ds.targets, [ds.image(i) for i in range(len(ds))]
 
 
-def values(data, rng, other):
-    "One to three values of a JSON file are others"
-    d = json.loads(data)
-    for _ in range(rng.randint(1, 3)):
-        at, steps = d, rng.randint(2, 6)
-        for _ in range(steps):
-            keys = list(at) if isinstance(at, dict) else range(len(at))
-            if not keys: break
-            k = rng.choice(keys)
-            if not isinstance(at[k], (dict, list)) or rng.random() < .2:
-                at[k] = rng.choice((None, -1, 0, 2**31, 2**63, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '../../etc/passwd', [], {}, [[]], [0]*7, True, {'size': [2**20, 2**20], 'counts': [2**40]}, {'size': [24, 24], 'counts': 'zzzz'}, {'size': [24, 24], 'counts': [577]}, [[0, 0, 1e7, 0, 1e7, 1e7, 0, 1e7]], [[0, 0, float('nan'), 5, 5, 5]], [['a']*6], '0', at[k]*1000 if isinstance(at[k], (str, list)) else 3.7)); break
-            at = at[k]
-        if rng.random() < .1 and isinstance(at, dict) and at: del at[rng.choice(list(at))]
-    return json.dumps(d).encode()
+def make_annotations(folder):
+    from balms.instance_data import digit_scenes
+    return digit_scenes(folder, n=4, n_valid=2, size=24, imbalance=3)/'digits_train.json'
 
 
-def annotation_values(d): return (*annotations(d), values)
+def read_annotations(path):
+    from balms.annotations import read_annotations
+    a = read_annotations(path, path.parent/'train')
+    assert (a.instance_counts >= 0).all()
+    for row in range(int(a.instance_counts.sum())): a.mask(row)
+    return len(a)
 
 
-KINDS = dict(lists=lists, annotations=annotations, annotation_values=annotation_values, lists_gz=lists_gz, ledger=ledger, checkpoints=checkpoints, weights=weights, old_weights=old_weights, cache=cache, pack=pack,
-             **{f'image_{n}': (lambda d, n=n: _image(d, n)) for n in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff', 'ppm')},
-             **{f'listed_{n}': (lambda d, n=n: _listed(d, n)) for n in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff')})
+KINDS = dict(
+    weights=Kind(make_weights, read_weights), model=Kind(make_model, read_model),
+    old_weights=Kind(lambda d: make_weights(d, _use_new_zipfile_serialization=False), read_weights, protected=False),
+    checkpoint=Kind(make_checkpoint, read_tensors), cache=Kind(make_cache, cached_arrays),
+    list=Kind(make_list, read_list, protected=False),
+    list_gz=Kind(lambda d: make_list(d, 'a_train.txt.gz'), read_list),
+    row=Kind(make_row, read_row, protected=False), ledger=Kind(make_ledger, read_ledger, protected=False),
+    pack=Kind(make_pack, read_pack), annotations=Kind(make_annotations, read_annotations, protected=False),
+    **{f'image_{suffix}': image_kind(suffix) for suffix in ('png', 'jpeg', 'gif', 'bmp', 'webp', 'tiff')})
 
 
-GROWTH = 256                                                                  # MiB
-
-
-def peak():
-    "MiB of memory that this process has had at most"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**10 if sys.platform == 'linux' else 2**20)
-
-
-def no_memory(e):
-    "Whether an error comes from one that says that there was no memory"
-    seen = []
-    while e is not None and e not in seen:
-        if isinstance(e, MemoryError) or any(s in str(e).lower() for s in ('alloc', 'out of memory')): return True
-        seen.append(e); e = e.__cause__ or e.__context__
-    return False
-
-
-class Hang(BaseException): pass
-def hang(*_): raise Hang()
-
-
-def fuzz(kind, n, seed, folder):
-    "{n, refused, wrong: [(seed, what)]}"
-    path, data, check, *how = KINDS[kind](folder)
-    path.write_bytes(data); check()                                           # as it is, it is right
-    refused, wrong, last = 0, [], data
-    signal.signal(signal.SIGALRM, hang)
+def fuzz(name, n, seed, folder):
+    "Damage a file of this kind `n` times: how many were refused, and what was wrong, as [(seed, what)]"
+    kind = KINDS[name]
+    path = kind.make(Path(folder))
+    data, refused, wrong = path.read_bytes(), 0, []
+    good = kind.read(path)
     for s in range(seed, seed + n):
         rng = random.Random(s)
-        changed = (how[0] if how else mutate)(data, rng, last); last = changed
-        path.write_bytes(changed)
-        before = peak()
-        try:
-            signal.alarm(20)
-            check()
+        path.write_bytes(rng.choice(DAMAGE)(data, rng))
+        try: got = kind.read(path)
         except (ValueError, OSError) as e:
             refused += 1
-            named = path.name in str(e) or kind == 'lists' and 'a_test.txt' in str(e)     # a class that training lacks now
-            if not named: wrong.append((s, f'does not name the file: {type(e).__name__}: {e}'[:300]))
-            if no_memory(e): wrong.append((s, f'asked for all memory: {type(e).__name__}: {e}'[:300]))
-        except BaseException as e: wrong.append((s, f'{type(e).__name__}: {e}'[:300]))
-        finally: signal.alarm(0)
-        if peak() - before > GROWTH: wrong.append((s, f'took {peak() - before:.0f} MiB more'))
-    return dict(n=n, refused=refused, wrong=wrong)
-
-
-def limit_memory(more=2*2**30):
-    "No more than `more` bytes over what this process has now"
-    size = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + more,)*2)
+            if path.name not in str(e): wrong.append((s, f'does not name the file: {type(e).__name__}: {e}'[:300]))
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt): raise
+            wrong.append((s, f'{type(e).__name__}: {e}'[:300]))
+        else:
+            if kind.protected and not equal(got, good): wrong.append((s, 'silently something else'))
+            elif type(got) is not type(good): wrong.append((s, f'a {type(got).__name__}'))
+    return refused, wrong
 
 
 if __name__ == '__main__':
-    import balms.recipes, balms.list_loader, balms.packs
-    warnings.simplefilter('ignore')
-    kind, n, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    if sys.platform == 'linux': limit_memory()
-    out = {}
-    for k in KINDS if kind == 'all' else kind.split(','):
-        (folder/k).mkdir(parents=True, exist_ok=True)
-        print(f'{k} from seed {seed}', file=sys.stderr, flush=True)
-        out[k] = fuzz(k, n, seed, folder/k)
-    print(json.dumps(out))
+    names, n, seed = sys.argv[1:2] or list(KINDS), int((sys.argv[2:3] or [300])[0]), int((sys.argv[3:4] or [0])[0])
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder: refused, wrong = fuzz(name, n, seed, folder)
+        print(f'{name:12} {n} damaged, {refused} refused, {len(wrong)} wrong', *wrong[:5], sep='\n    ')

@@ -1,4 +1,5 @@
-"The baselines against formulas written class by class in float64, and the contract that they share with Balanced Softmax."
+"""The baselines against formulas written class by class in float64, and the contract that they share with Balanced
+Softmax."""
 import copy, itertools, pickle, sys
 from functools import partial
 import pytest, torch, torch.nn.functional as F
@@ -43,10 +44,18 @@ def lade(x, y):
 
 # name: how to make it, the loss of each sample under each label (N, k), class weights
 SOFTMAX = dict(
-    cbw=(CBW, ce, INV), focal=(FocalLoss, focal, None), cb=(ClassBalancedLoss, ce, EFF), ldam=(LDAM, per_label(ldam), None),
-    eql=(partial(SoftmaxEqualization, gamma=1), per_label(eql), None), la=(partial(LogitAdjusted, tau=.7), lambda x: ce(x + .7*N.log()), None),
-    vs=(VectorScaling, lambda x: ce((N/N.max())**.15*x + 1.25*N.log()), None), lade=(LADE, lambda x: ce(x + N.log()), None))
-INDEX_ONLY = dict(ldam='the margin is that of the true class', eql='left out of the softmax', lade='which samples are of class c')
+    cbw=(CBW, ce, INV),
+    focal=(FocalLoss, focal, None),
+    cb=(ClassBalancedLoss, ce, EFF),
+    ldam=(LDAM, per_label(ldam), None),
+    eql=(partial(SoftmaxEqualization, gamma=1), per_label(eql), None),
+    la=(partial(LogitAdjusted, tau=0.7), lambda x: ce(x + 0.7 * N.log()), None),
+    vs=(VectorScaling, lambda x: ce((N / N.max()) ** 0.15 * x + 1.25 * N.log()), None),
+    lade=(LADE, lambda x: ce(x + N.log()), None),
+)
+INDEX_ONLY = dict(
+    ldam='the margin is that of the true class', eql='left out of the softmax', lade='which samples are of class c'
+)
 
 
 def sigmoid_focal(x, hot):
@@ -61,8 +70,12 @@ def sigmoid_cb(gamma):
         p = hot*x.sigmoid() + (1 - hot)*(1 - x.sigmoid())
         return -((hot*EFF).sum(1, keepdim=True)*(1 - p)**gamma*p.log()).sum(1)
     return f
-SIGMOID = dict(focal=(SigmoidFocalLoss, sigmoid_focal), eql=(SigmoidEqualization, sigmoid_eql),
-               cb=(partial(ClassBalancedLoss, kind='sigmoid'), sigmoid_cb(0)), cb_focal=(partial(ClassBalancedLoss, kind='focal'), sigmoid_cb(.5)))
+SIGMOID = dict(
+    focal=(SigmoidFocalLoss, sigmoid_focal),
+    eql=(SigmoidEqualization, sigmoid_eql),
+    cb=(partial(ClassBalancedLoss, kind='sigmoid'), sigmoid_cb(0)),
+    cb_focal=(partial(ClassBalancedLoss, kind='focal'), sigmoid_cb(0.5)),
+)
 EVERY = {**{f'softmax_{k}': v[0] for k, v in SOFTMAX.items()}, **{f'sigmoid_{k}': v[0] for k, v in SIGMOID.items()}}
 every = pytest.mark.parametrize('make', EVERY.values(), ids=EVERY)
 
@@ -70,7 +83,8 @@ every = pytest.mark.parametrize('make', EVERY.values(), ids=EVERY)
 def batch(kind, dtype, ignore=None):
     shape = {'index': (8, K), 'probabilities': (8, K), 'one': (K,)}.get(kind, (2, K, 3, 4))
     x = torch.randn(shape).clamp(-2, 2).to(dtype)
-    if kind.startswith('prob'): return x, torch.randn(shape).softmax(1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if kind.startswith('prob'):
+        return x, torch.randn(shape).softmax(1).to(torch.float64 if dtype == torch.float64 else torch.float32)
     y = torch.randint(K, shape[:1] + shape[2:] if len(shape) > 1 else ())
     if ignore is not None and y.ndim: y.view(-1)[::3] = ignore
     return x, y
@@ -107,8 +121,11 @@ def test_softmax_matrix(name, kind, mode):
         with pytest.raises(ValueError, match=INDEX_ONLY[name]): make(COUNTS)(*batch(kind, torch.float32))
         return
     torch._dynamo.reset()
-    for dtype, reduction, ignore in itertools.product(DTYPES if mode == 'eager' else DTYPES[1:3], ('mean', 'sum', 'none'), (-100, 2)):
-        if kind.startswith('prob') and ignore != -100 or mode == 'compiled' and (ignore == 2) != (reduction == 'mean'): continue
+    for dtype, reduction, ignore in itertools.product(
+        DTYPES if mode == 'eager' else DTYPES[1:3], ('mean', 'sum', 'none'), (-100, 2)
+    ):
+        if kind.startswith('prob') and ignore != -100 or mode == 'compiled' and (ignore == 2) != (reduction == 'mean'):
+            continue
         x, y = batch(kind, dtype, ignore)
         if kind == 'one' and y == ignore: y = (y + 1) % K
         x.requires_grad_()
@@ -131,7 +148,9 @@ def test_softmax_matrix(name, kind, mode):
 def test_sigmoid_matrix(name, kind, mode):
     make, terms = SIGMOID[name]
     torch._dynamo.reset()
-    for dtype, reduction, ignore in itertools.product(DTYPES if mode == 'eager' else DTYPES[1:2], ('mean', 'sum', 'none'), (-100, 2)):
+    for dtype, reduction, ignore in itertools.product(
+        DTYPES if mode == 'eager' else DTYPES[1:2], ('mean', 'sum', 'none'), (-100, 2)
+    ):
         x, y = batch('index' if kind == 'rows' else kind, dtype, ignore)
         keep = torch.ones_like(y, dtype=torch.bool) if kind == 'rows' else y != ignore
         t = F.one_hot(y.clamp_min(0), K).movedim(-1, 1).float() if kind == 'rows' else y
@@ -158,16 +177,21 @@ def test_eval_is_the_plain_loss(make):
         torch.testing.assert_close(loss(x, y), F.cross_entropy(s*x, y, w.double()))
         torch.testing.assert_close(loss.activation(x), (s*x).softmax(1))
         t = x.softmax(1)
-        torch.testing.assert_close(make(COUNTS).eval()(x, t), F.cross_entropy(s*x, t))        # plain: probabilities are welcome
+        # plain: probabilities are welcome
+        torch.testing.assert_close(make(COUNTS).eval()(x, t), F.cross_entropy(s*x, t))
     else:
-        torch.testing.assert_close(loss(x, y), F.binary_cross_entropy_with_logits(x, F.one_hot(y, K).double(), w.double(), reduction='none').sum(1).mean())
+        torch.testing.assert_close(
+            loss(x, y),
+            F.binary_cross_entropy_with_logits(x, F.one_hot(y, K).double(), w.double(), reduction='none').sum(1).mean(),
+        )
         torch.testing.assert_close(loss.activation(x), x.sigmoid())
     assert torch.equal(loss.decodes(x), x.argmax(1)) and loss.y_int
 
 
 @pytest.mark.parametrize('name', ['cbw', 'focal', 'cb', 'la', 'vs', 'lade', 'ldam'])
 def test_label_smoothing_and_weights(name):
-    "(1 - e) l_y + e/k sum_j l_j with weights w_j, the mean over the weights of the labels; LDAM: the margin stays on the true class"
+    """(1 - e) l_y + e/k sum_j l_j with weights w_j, the mean over the weights of the labels; LDAM: the margin stays on
+    the true class"""
     make, terms, own = SOFTMAX[name]
     x, y = batch('index', torch.float64, -100)
     w = torch.rand(K).double() + .1
@@ -185,7 +209,8 @@ def test_refusals():
     x, y = batch('index', torch.float32)
     with pytest.raises(ValueError, match='has no label_smoothing'): SoftmaxEqualization(COUNTS, label_smoothing=.1)
     for kind in ('sigmoid', 'focal'):
-        with pytest.raises(ValueError, match='label_smoothing is for kind softmax'): ClassBalancedLoss(COUNTS, kind=kind, label_smoothing=.1)
+        with pytest.raises(ValueError, match='label_smoothing is for kind softmax'):
+            ClassBalancedLoss(COUNTS, kind=kind, label_smoothing=0.1)
         for t in (torch.full((8,), K), torch.ones(8, K), torch.zeros(8, K)):
             with pytest.raises(ValueError, match='have no class weight'): ClassBalancedLoss(COUNTS, kind=kind)(x, t)
     for bad in (dict(beta=-1), dict(beta=1.1), dict(kind='x'), dict(gamma=-1)):
@@ -202,7 +227,13 @@ def test_bad_targets_counts_and_options(make):
     with pytest.raises(ValueError, match='counts 5'): f(torch.randn(8, 4), torch.zeros(8).long())
     for t in (torch.zeros(3).long(), torch.zeros(8, 1).long(), torch.rand(8, 4)):
         with pytest.raises((ValueError, RuntimeError)): f(x, t)
-    for counts, message in [([], 'empty'), ([5, 0, 3, 0], r'no samples in classes \[1, 3\]'), ([5, -1], r'negative for classes \[1\]'), ([[5, 1]], 'one-dimensional'), ('abc', 'must be numbers')]:
+    for counts, message in [
+        ([], 'empty'),
+        ([5, 0, 3, 0], r'no samples in classes \[1, 3\]'),
+        ([5, -1], r'negative for classes \[1\]'),
+        ([[5, 1]], 'one-dimensional'),
+        ('abc', 'must be numbers'),
+    ]:
         with pytest.raises((ValueError, TypeError), match=message): make(counts)
     with pytest.raises(ValueError, match='reduction'): make(COUNTS, reduction='avg')
     with pytest.raises(ValueError, match='weight has shape'): make(COUNTS, weight=[1, 2])
@@ -223,7 +254,12 @@ def test_autocast(make, dtype):
 def test_buffers_move_keep_precision_and_travel(make):
     loss = make(COUNTS, weight=torch.rand(K))
     before = {n: b.clone() for n, b in loss.named_buffers()}
-    for cast in (torch.nn.ModuleDict(dict(l=loss)).half()['l'], loss.double(), pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+    for cast in (
+        torch.nn.ModuleDict(dict(l=loss)).half()['l'],
+        loss.double(),
+        pickle.loads(pickle.dumps(loss)),
+        copy.deepcopy(loss),
+    ):
         for n, b in cast.named_buffers(): assert b.dtype == before[n].dtype and torch.equal(b, before[n])
     other = make([9]*K, weight=torch.ones(K))
     other.load_state_dict(loss.state_dict())
@@ -249,7 +285,8 @@ def test_gradcheck(make):
 
 
 def test_half_of_the_coins():
-    "The equalization loss leaves out a rare class with probability gamma, from the global generator, and nothing for ignored samples"
+    """The equalization loss leaves out a rare class with probability gamma, from the global generator, and nothing for
+    ignored samples"""
     x, y, n = torch.zeros(20000, 2, requires_grad=True), torch.zeros(20000).long(), [99, 1]
     l = SoftmaxEqualization(n, gamma=.7, threshold=.1, reduction='none')(x, y)
     assert abs((l == 0).float().mean() - .7) < .02
@@ -264,7 +301,8 @@ def test_half_of_the_coins():
 
 @pytest.mark.parametrize('gamma', (0, .1, .5, 1, 2, 5))
 def test_focal_of_the_sure(gamma):
-    "1 - p rounds to 0: no nan for any gamma, and the gradient of a sample that is wrong for sure is that of cross-entropy"
+    """1 - p rounds to 0: no nan for any gamma, and the gradient of a sample that is wrong for sure is that of cross-
+    entropy"""
     x = torch.tensor([[400., 0, -400], [400, 0, -400]], requires_grad=True)
     FocalLoss(gamma=gamma, reduction='sum')(x, torch.tensor([0, 2])).backward()
     assert x.grad[0].abs().max() == 0
@@ -295,16 +333,38 @@ def test_identities(counts, seed):
     plain, bs = F.cross_entropy(x, y), BalancedSoftmax(counts)(x, y)
     bce = F.binary_cross_entropy_with_logits(x, F.one_hot(y, k).float(), reduction='none').sum(1).mean()
     same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    for f in (FocalLoss(counts, gamma=0), ClassBalancedLoss(counts, beta=0), LDAM(counts, max_m=0, s=1), SoftmaxEqualization(counts, gamma=0), SoftmaxEqualization(counts, threshold=0),
-              VectorScaling(counts, tau=0, gamma=0), LogitAdjusted(counts, tau=0), LADE(counts, alpha=0, target_prior=counts), CBW(counts, weight=counts)): same(f(x, y), plain)
+    for f in (
+        FocalLoss(counts, gamma=0),
+        ClassBalancedLoss(counts, beta=0),
+        LDAM(counts, max_m=0, s=1),
+        SoftmaxEqualization(counts, gamma=0),
+        SoftmaxEqualization(counts, threshold=0),
+        VectorScaling(counts, tau=0, gamma=0),
+        LogitAdjusted(counts, tau=0),
+        LADE(counts, alpha=0, target_prior=counts),
+        CBW(counts, weight=counts),
+    ):
+        same(f(x, y), plain)
     for f in (VectorScaling(counts, tau=1, gamma=0), LogitAdjusted(counts), LADE(counts, alpha=0)): same(f(x, y), bs)
-    for f in (SigmoidFocalLoss(gamma=0, alpha=None), SigmoidEqualization(counts, threshold=0), ClassBalancedLoss(counts, beta=0, kind='sigmoid'), ClassBalancedLoss(counts, beta=0, kind='focal', gamma=0)): same(f(x, y), bce)
+    for f in (
+        SigmoidFocalLoss(gamma=0, alpha=None),
+        SigmoidEqualization(counts, threshold=0),
+        ClassBalancedLoss(counts, beta=0, kind='sigmoid'),
+        ClassBalancedLoss(counts, beta=0, kind='focal', gamma=0),
+    ):
+        same(f(x, y), bce)
     same(ClassBalancedLoss(counts, beta=1)(x, y), CBW(counts)(x, y))
     equal = [counts[0]]*k
-    for f in (CBW, ClassBalancedLoss, SoftmaxEqualization, VectorScaling, partial(LADE, alpha=0)): same(f(equal)(x, y), plain)
+    for f in (CBW, ClassBalancedLoss, SoftmaxEqualization, VectorScaling, partial(LADE, alpha=0)):
+        same(f(equal)(x, y), plain)
     for f in (CBW, LDAM, VectorScaling, partial(LADE, alpha=.1)): same(f([3*c for c in counts])(x, y), f(counts)(x, y))
     e = effective_number(counts)
-    assert (e >= 1 - 1e-9).all() and (e <= torch.tensor(counts) + 1e-6).all() and (e <= 10000 + 1e-6).all() and class_weights(counts).mean().sub(1).abs() < 1e-5
+    assert (
+        (e >= 1 - 1e-9).all()
+        and (e <= torch.tensor(counts) + 1e-6).all()
+        and (e <= 10000 + 1e-6).all()
+        and class_weights(counts).mean().sub(1).abs() < 1e-5
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -352,7 +412,9 @@ def watch_weight(loss):
     return Watch()
 
 
-@pytest.mark.parametrize('make', (LDAM, BalancedSoftmax, BalancedSigmoid, FocalLoss, lambda n: torch.nn.CrossEntropyLoss()), ids=str)
+@pytest.mark.parametrize(
+    'make', (LDAM, BalancedSoftmax, BalancedSigmoid, FocalLoss, lambda n: torch.nn.CrossEntropyLoss())
+)
 def test_deferred(make):
     loss = make(COUNTS)
     watch = watch_weight(loss)
@@ -365,7 +427,8 @@ def test_deferred_with_own_weights_resumed_and_broken_off():
     w = torch.tensor([1., 2, 3, 4, 5])
     loss = LDAM(COUNTS, weight=w)
     watch = watch_weight(loss)
-    fit(loss, [DeferredReweighting(COUNTS, progress=lambda: .9), watch], epochs=1)               # a run that is taken up at 90%
+    # a run that is taken up at 90%
+    fit(loss, [DeferredReweighting(COUNTS, progress=lambda: .9), watch], epochs=1)
     assert torch.equal(loss.weight, w)
     torch.testing.assert_close(watch.seen[0].double(), w*EFF, rtol=1e-5, atol=1e-5)
     from fastai.callback.core import Callback
@@ -380,9 +443,14 @@ def test_deferred_with_own_weights_resumed_and_broken_off():
 
 
 def test_deferred_refusals():
-    for loss, message in ((CBW(COUNTS), 'from the start'), (ClassBalancedLoss(COUNTS), 'from the start'), (F.cross_entropy, 'needs a loss with a buffer')):
+    for loss, message in (
+        (CBW(COUNTS), 'from the start'),
+        (ClassBalancedLoss(COUNTS), 'from the start'),
+        (F.cross_entropy, 'needs a loss with a buffer'),
+    ):
         with pytest.raises(ValueError, match=message): fit(loss, [DeferredReweighting(COUNTS)])
-    with pytest.raises(ValueError, match='5 counts for a loss of 3 classes'): fit(LDAM([1, 2, 3], weight=[1, 1, 1]), [DeferredReweighting(COUNTS)])
+    with pytest.raises(ValueError, match='5 counts for 3 class weights'):
+        fit(LDAM([1, 2, 3], weight=[1, 1, 1]), [DeferredReweighting(COUNTS)])
 
 
 def test_cosine_classifier_of_a_network_is_found_and_bounded():
@@ -416,14 +484,18 @@ def test_feature_loss():
     net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, K))
     def first(weight):
         torch.manual_seed(0)
-        learn = fit(BalancedSoftmax(COUNTS), [FeatureLoss(lambda x, y: x.square().sum(), weight)], model=copy.deepcopy(net))
+        learn = fit(
+            BalancedSoftmax(COUNTS), [FeatureLoss(lambda x, y: x.square().sum(), weight)], model=copy.deepcopy(net)
+        )
         assert not learn.model[-1]._forward_pre_hooks
         return learn
     a, b = first(0.), first(1.)
     assert b.recorder.losses[0] > a.recorder.losses[0]
-    assert b.model[0].weight.norm() < a.model[0].weight.norm()                                     # its gradient arrives
+    # its gradient arrives
+    assert b.model[0].weight.norm() < a.model[0].weight.norm()
     for mix in (MixUp, CutMix):
-        with pytest.raises(ValueError, match='have two'): fit(BalancedSoftmax(COUNTS), [FeatureLoss(RangeLoss()), mix()], model=copy.deepcopy(net))
+        with pytest.raises(ValueError, match='have two'):
+            fit(BalancedSoftmax(COUNTS), [FeatureLoss(RangeLoss()), mix()], model=copy.deepcopy(net))
 
 
 def test_lifted_structure(monkeypatch):

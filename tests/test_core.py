@@ -1,4 +1,5 @@
-"The losses: every combination of input that `F.cross_entropy` takes, compiled and not, and what must hold for any numbers."
+"""The losses: every combination of input that `F.cross_entropy` takes, compiled and not, and what must hold for any
+numbers."""
 import itertools, shutil, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -15,7 +16,8 @@ ops = dict(eager=lambda f: f, compiled=lambda f: torch.compile(f, backend='aot_e
 def make(kind, dtype, ignore=None):
     shape = {'index': (8, K), 'probabilities': (8, K), 'one': (K,)}.get(kind, (2, K, 3, 4))
     x = torch.randn(shape).to(dtype)
-    if kind.startswith('prob'): return x, torch.randn(shape).softmax(1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if kind.startswith('prob'):
+        return x, torch.randn(shape).softmax(1).to(torch.float64 if dtype == torch.float64 else torch.float32)
     y = torch.randint(K, shape[:1] + shape[2:] if len(shape) > 1 else ())
     if ignore is not None and y.ndim: y.view(-1)[::3] = ignore
     return x, y
@@ -103,7 +105,9 @@ def test_finite_and_right(counts, dtype, scale, seed):
     l.sum().backward()
     assert l.isfinite().all() and (l >= 0).all() and x.grad.isfinite().all()
     assert x.grad.double().sum(1).abs().max() < {torch.bfloat16: .1, torch.float16: .02}.get(dtype, 1e-4)
-    torch.testing.assert_close(balanced_softmax_loss(x, y, [7*c for c in counts], reduction='none'), l, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        balanced_softmax_loss(x, y, [7 * c for c in counts], reduction='none'), l, rtol=1e-5, atol=1e-3
+    )
     s = BalancedSigmoid(counts, total=2*sum(counts))(x.detach(), y)
     assert s.isfinite()
 
@@ -118,14 +122,17 @@ def test_identities(counts, tau, seed):
     assert torch.equal(balanced_softmax_loss(x, y, [counts[0]]*k, tau=tau), ce)
     assert torch.equal(balanced_softmax_loss(x, y, counts, tau=0), ce)
     assert torch.equal(balanced_softmax_loss(x, y, counts, tau=tau, target_prior=counts), ce)
-    torch.testing.assert_close(balanced_softmax_loss(adjust_logits(x, counts, tau), y, counts, tau=tau), ce, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        balanced_softmax_loss(adjust_logits(x, counts, tau), y, counts, tau=tau), ce, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(adjust_logits(x, counts) + log_prior(counts), x, rtol=1e-4, atol=1e-4)
     assert log_prior(counts, tau).max() == 0
     assert torch.equal(log_odds_prior([counts[0]]*k, constant=True), torch.zeros(k))
 
 
 def test_the_shift_has_the_sign_of_theorem_1():
-    "log n is added in training and taken off after it: a rare class has the smaller shift, and more probability at test"
+    """log n is added in training and taken off after it: a rare class has the smaller shift, and more probability at
+    test"""
     shift = log_prior([100, 10, 1])
     assert shift[0] > shift[1] > shift[2]
     odds = log_odds_prior([100, 10, 1], total=1000)
@@ -153,11 +160,22 @@ def test_state_dict_moves_and_keeps_precision():
     assert BalancedSoftmax(COUNTS).to('meta').shift.device.type == 'meta'
 
 
-BAD_COUNTS = [([], 'empty'), ([5, 0, 3, 0], r'no samples in classes \[1, 3\]'), ([5, -1], r'negative for classes \[1\]'), ([5, float('nan')], r'not finite for classes \[1\]'),
-              ([float('inf'), 1], r'not finite for classes \[0\]'), ([[5, 1]], 'one-dimensional'), (7, 'one-dimensional'), ('abc', 'must be numbers'), (None, 'must be numbers')]
+BAD_COUNTS = [
+    ([], 'empty'),
+    ([5, 0, 3, 0], r'no samples in classes \[1, 3\]'),
+    ([5, -1], r'negative for classes \[1\]'),
+    ([5, float('nan')], r'not finite for classes \[1\]'),
+    ([float('inf'), 1], r'not finite for classes \[0\]'),
+    ([[5, 1]], 'one-dimensional'),
+    (7, 'one-dimensional'),
+    ('abc', 'must be numbers'),
+    (None, 'must be numbers'),
+]
 
 
-@pytest.mark.parametrize('make', (BalancedSoftmax, BalancedSigmoid, log_prior, lambda c: adjust_logits(torch.zeros(1, 2), c)))
+@pytest.mark.parametrize(
+    'make', (BalancedSoftmax, BalancedSigmoid, log_prior, lambda c: adjust_logits(torch.zeros(1, 2), c))
+)
 @pytest.mark.parametrize('counts,message', BAD_COUNTS, ids=str)
 def test_bad_counts(make, counts, message):
     with pytest.raises((ValueError, TypeError), match=message): make(counts)
@@ -179,15 +197,29 @@ def test_class_weights_in_any_precision(dtype):
     x, y, w = torch.randn(n, k).to(dtype), torch.randint(k, (n,)), torch.rand(k) + .1
     counts = torch.randint(1, 99, (k,))
     want = F.cross_entropy(x.double() + log_prior(counts), y, w.double())
-    for loss in (BalancedSoftmax(counts, weight=w), BalancedSoftmax(counts, weight=w).half(), BalancedSoftmax(counts, weight=w).double()):
+    for loss in (
+        BalancedSoftmax(counts, weight=w),
+        BalancedSoftmax(counts, weight=w).half(),
+        BalancedSoftmax(counts, weight=w).double(),
+    ):
         assert loss.weight.dtype == torch.float32
         torch.testing.assert_close(loss(x, y).double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(balanced_softmax_loss(x, y, counts, weight=w.to(dtype)).double(), F.cross_entropy(x.double() + log_prior(counts), y, w.to(dtype).double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        balanced_softmax_loss(x, y, counts, weight=w.to(dtype)).double(),
+        F.cross_entropy(x.double() + log_prior(counts), y, w.to(dtype).double()),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_core_imports_torch_alone():
-    code = "import sys, torch; before = set(sys.modules); import balms.core; print(sorted(m for m in set(sys.modules) - before if not m.startswith('balms')))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = (
+        "import sys, torch; before = set(sys.modules); import balms.core; print(sorted(m for m in set(sys.modules) -"
+        " before if not m.startswith('balms')))"
+    )
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    )
 
 
 def test_from_dls_does_not_open_images(tmp_path):
@@ -195,18 +227,29 @@ def test_from_dls_does_not_open_images(tmp_path):
     import numpy as np
     from PIL import Image
     from fastai.data.core import DataLoaders, TfmdDL
-    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, MultiCategoryBlock, get_image_files, parent_label
+    from fastai.vision.all import (
+        CategoryBlock,
+        DataBlock,
+        ImageBlock,
+        MultiCategoryBlock,
+        get_image_files,
+        parent_label,
+    )
     def write(image):
         for c, n in (('ant', 9), ('bee', 4), ('cow', 2)):
             (tmp_path/'d'/c).mkdir(parents=True, exist_ok=True)
-            for f in (tmp_path/'d'/c/f'{i}.png' for i in range(n)): Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(f) if image else f.write_text('no image')
+            for f in (tmp_path / 'd' / c / f'{i}.png' for i in range(n)):
+                Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(f) if image else f.write_text('no image')
     split = lambda fs: ([i for i, f in enumerate(fs) if f.stem != '0'], [i for i, f in enumerate(fs) if f.stem == '0'])
     for y_block in (CategoryBlock, MultiCategoryBlock):
         write(image=True)
         get_y = parent_label if y_block is CategoryBlock else (lambda f: [f.parent.name])
-        dsets = DataBlock((ImageBlock, y_block), get_items=get_image_files, get_y=get_y, splitter=split).datasets(tmp_path/'d')
+        dsets = DataBlock((ImageBlock, y_block), get_items=get_image_files, get_y=get_y, splitter=split).datasets(
+            tmp_path / 'd'
+        )
         dls = DataLoaders(TfmdDL(dsets.train, bs=2, num_workers=0), TfmdDL(dsets.valid, bs=2, num_workers=0))
         write(image=False)
         assert class_counts(dls).tolist() == [8, 3, 1]
         assert torch.equal(BalancedSoftmax.from_dls(dls).shift, log_prior([8, 3, 1]))
-        assert torch.equal(BalancedSigmoid.from_dls(dls).shift, log_odds_prior([8, 3, 1], total=12))   # samples, not labels
+        # samples, not labels
+        assert torch.equal(BalancedSigmoid.from_dls(dls).shift, log_odds_prior([8, 3, 1], total=12))

@@ -16,25 +16,42 @@ from readme_command import readme_command
 def md(s): return mk_cell(s, 'markdown')
 def code(s, *outputs): return mk_cell(s) | dict(outputs=list(outputs))
 def stream(s): return dict(output_type='stream', name='stdout', text=[s])
-def show(**data): return dict(output_type='display_data', metadata={}, data={k.replace('_', '/'): [v] for k, v in data.items()})
+def show(**data):
+    return dict(output_type='display_data', metadata={}, data={k.replace('_', '/'): [v] for k, v in data.items()})
 error = dict(output_type='error', ename='ValueError', evalue='boom', traceback=[])
 
 index = [
-    md('# balms\n\n> A promise.'), code('#| hide\nsecret = 1'),
-    md('See [the shift](00_core.ipynb#the-shift), `log_prior` and ![a dot](images/a.png){width=3}. In code: `[x](y.md)`.\n\n'
-       '## Use {#use}\n\nAn equation $a_1$ and\n\n$$b$$ {#eq-b}\n\n::: {.callout-note}\nNote.\n:::\n\n'
-       '::: {.content-visible when-format="html"}\n\n```{=html}\n<iframe src="images/a.png" title="a"></iframe>\n```\n\n:::\n\n::: {.content-hidden when-format="html"}\n\nStill.\n\n:::\n\n'
-       '<!-- command: run -->\n```bash\nbalms_train  # [x](y.md)\n```\n\n<!-- command: test -->\n```bash\nnbdev_test\npytest\n```'),
-    code('print("hi")', stream('hi\n')), code('#| echo: false\nprint("there")', stream('there\n')),
-    code('#| eval: false\ngo()'), code('#| output: false\nstep()', stream('noise\n')), code('x', show(text_plain='3', text_markdown='**3**'))]
+    md('# balms\n\n> A promise.'),
+    code('#| hide\nsecret = 1'),
+    md(
+        'See [the shift](00_core.ipynb#the-shift), `log_prior` and ![a dot](images/a.png){width=3}. In code:'
+        ' `[x](y.md)`.\n\n## Use {#use}\n\nAn equation $a_1$ and\n\n$$b$$ {#eq-b}\n\n:::'
+        ' {.callout-note}\nNote.\n:::\n\n::: {.content-visible when-format="html"}\n\n```{=html}\n<iframe'
+        ' src="images/a.png" title="a"></iframe>\n```\n\n:::\n\n::: {.content-hidden'
+        ' when-format="html"}\n\nStill.\n\n:::\n\n<!-- command: run -->\n```bash\nbalms_train  # [x](y.md)\n```\n\n<!--'
+        ' command: test -->\n```bash\nnbdev_test\npytest\n```'
+    ),
+    code('print("hi")', stream('hi\n')),
+    code('#| echo: false\nprint("there")', stream('there\n')),
+    code('#| eval: false\ngo()'),
+    code('#| output: false\nstep()', stream('noise\n')),
+    code('x', show(text_plain='3', text_markdown='**3**')),
+]
 
 core = [
-    md('# Core\n\n> Another promise.'), code('#| default_exp core'),
-    md('## The shift\n\nBack to [the start](index.ipynb#use), to `log_prior`, [its page](#log_prior), and [the paper](https://arxiv.org/abs/2007.10740).\n\n'
-       '$$\\text{shift}_j = \\{\\log n_j\\}$$ {#eq-shift}\n\nIn @eq-shift, `balms.core.BalancedSoftmax.from_dls`, `BalancedSoftmax.shift`, `Learner`, `backward()`,\n'
-       '`Mine`, `mine()`, `True`, `nn.Linear`, `from_dls()`, 5 for $5 and $\\frac{1}{k}$ are as they should be.'),
-    code('import torch'), code('#| export\ndef log_prior(counts): "What the loss adds."'), code('class Mine: pass\ndef mine(): pass'),
-    code('#| fig-alt: "A dot: red."\nmine()', show(text_plain='1', image_png='iVBOR'))]
+    md('# Core\n\n> Another promise.'),
+    code('#| default_exp core'),
+    md(
+        '## The shift\n\nBack to [the start](index.ipynb#use), to `log_prior`, [its page](#log_prior), and [the'
+        ' paper](https://arxiv.org/abs/2007.10740).\n\n$$\\text{shift}_j = \\{\\log n_j\\}$$ {#eq-shift}\n\nIn'
+        ' @eq-shift, `balms.core.BalancedSoftmax.from_dls`, `BalancedSoftmax.shift`, `Learner`, `backward()`,\n`Mine`,'
+        ' `mine()`, `True`, `nn.Linear`, `from_dls()`, 5 for $5 and $\\frac{1}{k}$ are as they should be.'
+    ),
+    code('import torch'),
+    code('#| export\ndef log_prior(counts): "What the loss adds."'),
+    code('class Mine: pass\ndef mine(): pass'),
+    code('#| fig-alt: "A dot: red."\nmine()', show(text_plain='1', image_png='iVBOR')),
+]
 
 @pytest.fixture(scope='session')
 def clean(tmp_path_factory):
@@ -42,9 +59,18 @@ def clean(tmp_path_factory):
     d = tmp_path_factory.mktemp('clean')
     for o in ('nbs/images', 'balms'): (d/o).mkdir(parents=True)
     shutil.copy(root/'settings.ini', d)
-    (d/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - text: Start\n        href: index.ipynb\n      - section: All\n        contents: [00_core.ipynb]\n')
+    (d / '_quarto.yml').write_text(
+        'website:\n  sidebar:\n    contents:\n      - text: Start\n        href: index.ipynb\n      - section: All\n   '
+        '     contents: [00_core.ipynb]\n'
+    )
     (d/'nbs/images/a.png').write_bytes(b'png')
-    settings = dict(doc_host='https://balms.github.io', doc_baseurl='/balms', lib_path='balms', git_url='https://github.com/balms/balms', branch='main')
+    settings = dict(
+        doc_host='https://balms.github.io',
+        doc_baseurl='/balms',
+        lib_path='balms',
+        git_url='https://github.com/balms/balms',
+        branch='main',
+    )
     syms = {f'balms.core.{n}': (f'core.html#{n}', 'balms/core.py') for n in ('log_prior', '_positive')}
     (d/'balms/_modidx.py').write_text(f'd = {dict(syms={"balms.core": syms}, settings=settings)}\n')
     (d/'balms/core.py').touch()
@@ -69,34 +95,43 @@ def test_clean(clean):
     assert check.counts() == '4 pages, 12 links, 6 formulas checked'
     assert {p: p.stat().st_mtime_ns for p in clean.rglob('*')} == before      # nothing is left behind
 
-@pytest.mark.parametrize('text, fault', [
-    ('[x](99_gone.ipynb)', 'dead link (no such page): [x](99_gone.ipynb)'),
-    ('[x](gone.csv)', 'dead link (no such file): [x](gone.csv)'),
-    ('<a href="gone.csv">x</a>', 'dead link (no such file)'),
-    ('<iframe src="images/gone.html" title="x"></iframe>', 'dead link (no such file)'),
-    ('[x](../settings.ini)', 'outside of nbs/, so not on the site: use https://github.com/balms/balms/blob/main/settings.ini'),
-    ('[x](#gone)', 'dead link (no such anchor in nbs/00_core.ipynb): [x](#gone)'),
-    ('[x](index.ipynb#gone)', 'dead link (no such anchor in nbs/index.ipynb): [x](index.ipynb#gone)'),
-    ('[x](https://balms.github.io/balms/core.html#gone)', 'dead link (no such anchor in nbs/00_core.ipynb)'),
-    ('[x](https://balms.github.io/balms/gone.html)', 'dead link (no such file)'),
-    ('[x](https://github.com/balms/balms/blob/main/gone.py)', 'dead link (not in the repository)'),
-    ('`_positive`', 'no such anchor in nbs/00_core.ipynb): [_positive]'),
-    ('![a dot](images/gone.png)', 'missing image (no such file): images/gone.png'),
-    ('![](images/a.png)', 'image without alt text: images/a.png'),
-    ('`balms.core.Gone`', 'name that resolves to nothing: `balms.core.Gone`'),
-    ('`balms.gone.BalancedSoftmax`', 'name that resolves to nothing'),
-    ('`BalancedSoftMax`', 'name that resolves to nothing: `BalancedSoftMax`'),
-    ('`BalancedSoftmax.from_gone`', 'name that resolves to nothing'),
-    ('`log_priors()`', 'name that resolves to nothing: `log_priors()`'),
-    ('see @eq-gone', 'reference to nothing: @eq-gone'),
-    ('so $\\frac{1{k}$ is', 'formula with unbalanced braces: \\frac{1{k}'),
-    ('$$a = b', 'makes no formula: $$a = b'),
-    ('so $ a $ is', 'makes no formula: so $ a $ is'),
-    ('so \\alpha is', 'makes no formula: \\alpha'),
-    ('see [`log_prior`](index.ipynb#use)', 'link within a link (backticks in its text are one already): [log_prior]'),
-    ('# Again', '2 level-one headings instead of one'),
-    ('| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |', 'table row outside of a table: | 3 | 4 |'),
-])
+@pytest.mark.parametrize(
+    'text, fault',
+    [
+        ('[x](99_gone.ipynb)', 'dead link (no such page): [x](99_gone.ipynb)'),
+        ('[x](gone.csv)', 'dead link (no such file): [x](gone.csv)'),
+        ('<a href="gone.csv">x</a>', 'dead link (no such file)'),
+        ('<iframe src="images/gone.html" title="x"></iframe>', 'dead link (no such file)'),
+        (
+            '[x](../settings.ini)',
+            'outside of nbs/, so not on the site: use https://github.com/balms/balms/blob/main/settings.ini',
+        ),
+        ('[x](#gone)', 'dead link (no such anchor in nbs/00_core.ipynb): [x](#gone)'),
+        ('[x](index.ipynb#gone)', 'dead link (no such anchor in nbs/index.ipynb): [x](index.ipynb#gone)'),
+        ('[x](https://balms.github.io/balms/core.html#gone)', 'dead link (no such anchor in nbs/00_core.ipynb)'),
+        ('[x](https://balms.github.io/balms/gone.html)', 'dead link (no such file)'),
+        ('[x](https://github.com/balms/balms/blob/main/gone.py)', 'dead link (not in the repository)'),
+        ('`_positive`', 'no such anchor in nbs/00_core.ipynb): [_positive]'),
+        ('![a dot](images/gone.png)', 'missing image (no such file): images/gone.png'),
+        ('![](images/a.png)', 'image without alt text: images/a.png'),
+        ('`balms.core.Gone`', 'name that resolves to nothing: `balms.core.Gone`'),
+        ('`balms.gone.BalancedSoftmax`', 'name that resolves to nothing'),
+        ('`BalancedSoftMax`', 'name that resolves to nothing: `BalancedSoftMax`'),
+        ('`BalancedSoftmax.from_gone`', 'name that resolves to nothing'),
+        ('`log_priors()`', 'name that resolves to nothing: `log_priors()`'),
+        ('see @eq-gone', 'reference to nothing: @eq-gone'),
+        ('so $\\frac{1{k}$ is', 'formula with unbalanced braces: \\frac{1{k}'),
+        ('$$a = b', 'makes no formula: $$a = b'),
+        ('so $ a $ is', 'makes no formula: so $ a $ is'),
+        ('so \\alpha is', 'makes no formula: \\alpha'),
+        (
+            'see [`log_prior`](index.ipynb#use)',
+            'link within a link (backticks in its text are one already): [log_prior]',
+        ),
+        ('# Again', '2 level-one headings instead of one'),
+        ('| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |', 'table row outside of a table: | 3 | 4 |'),
+    ],
+)
 def test_fault_in_text(repo, text, fault):
     add(repo, md(text))
     faults = Check(repo).faults
@@ -106,8 +141,20 @@ def test_stored_error(repo):
     add(repo, code('f()', error))
     assert Check(repo).faults == ['nbs/00_core.ipynb: stored error in cell 7: ValueError: boom']
 
-@pytest.mark.parametrize('option, n', [('', 2), ('#| fig-alt: ""\n', 2), ('#| fig-alt: [""]\n', 2), ('#| fig-alt: ["", "a", ""]\n', 1), ('#| fig-alt: a\n', 0),
-                                       ('#| echo: false\n#| fig-alt: ["", "a: b", "c"]\n', 0), ('#| output: false\n', 0), ('#| hide\n', 0), ('x = 1\n#| fig-alt: a\n', 2)])
+@pytest.mark.parametrize(
+    'option, n',
+    [
+        ('', 2),
+        ('#| fig-alt: ""\n', 2),
+        ('#| fig-alt: [""]\n', 2),
+        ('#| fig-alt: ["", "a", ""]\n', 1),
+        ('#| fig-alt: a\n', 0),
+        ('#| echo: false\n#| fig-alt: ["", "a: b", "c"]\n', 0),
+        ('#| output: false\n', 0),
+        ('#| hide\n', 0),
+        ('x = 1\n#| fig-alt: a\n', 2),
+    ],
+)
 def test_figure_without_alt_text(repo, option, n):
     figure = show(text_plain='<Figure>', image_png='iVBOR')
     add(repo, code(f'{option}mine()', stream('x'), figure, figure))
@@ -140,7 +187,10 @@ def test_sidebar(repo):
 def test_texts(repo, page):
     with (repo/page).open('a') as f: f.write('\n[x](gone.md) [y](README.md#gone) ![](nbs/images/a.png)\n')
     assert [f.split(': ')[:2] for f in Check(repo).faults] == [
-        [page, 'dead link (no such file)'], [page, 'dead link (no such anchor in README.md)'], [page, 'image without alt text']]
+        [page, 'dead link (no such file)'],
+        [page, 'dead link (no such anchor in README.md)'],
+        [page, 'image without alt text'],
+    ]
 
 def test_unbalanced():
     for tex in (r'\{', r'a\}', r'\frac{1}{2}', r'\text{\{}', r'a\\{b}'): assert not unbalanced(tex), tex
@@ -148,15 +198,26 @@ def test_unbalanced():
 
 @pytest.fixture(scope='session')
 def mathjax():
-    "A folder with MathJax in its node_modules: $BALMS_MATHJAX, or the project itself after `npm install --no-save mathjax@3`."
+    """A folder with MathJax in its node_modules: $BALMS_MATHJAX, or the project itself after `npm install --no-save
+    mathjax@3`."""
     folder = Path(os.environ.get('BALMS_MATHJAX', root))
     if not shutil.which('node'): pytest.skip('node is not installed')
-    if not (folder/'node_modules/mathjax').exists(): pytest.skip('MathJax is not installed: npm install --no-save mathjax@3')
+    if not (folder / 'node_modules/mathjax').exists():
+        pytest.skip('MathJax is not installed: npm install --no-save mathjax@3')
     return folder
 
 def test_mathjax_errors(mathjax):
-    good = [(False, 'n_j'), (True, r'\begin{aligned} a &= b \\ c &= d \end{aligned}'), (True, r'\operatorname*{argmax}_j \hat\phi_j')]
-    bad = {r'\frac{a': 'Missing close brace', r'\nosuch': r'Undefined control sequence \nosuch', r'\left( a': r'Extra \left or missing \right', 'a^1^2': 'Double exponent'}
+    good = [
+        (False, 'n_j'),
+        (True, r'\begin{aligned} a &= b \\ c &= d \end{aligned}'),
+        (True, r'\operatorname*{argmax}_j \hat\phi_j'),
+    ]
+    bad = {
+        r'\frac{a': 'Missing close brace',
+        r'\nosuch': r'Undefined control sequence \nosuch',
+        r'\left( a': r'Extra \left or missing \right',
+        'a^1^2': 'Double exponent',
+    }
     errors = mathjax_errors(good + [(False, t) for t in bad], mathjax)
     assert errors[:3] == [None]*3
     for err, want in zip(errors[3:], bad.values()): assert want in err
@@ -164,68 +225,76 @@ def test_mathjax_errors(mathjax):
 def test_fault_in_formula(repo, mathjax):
     assert Check(repo, mathjax).faults == []
     add(repo, md(r'so $\nosuch$ is'))
-    assert Check(repo, mathjax).faults == [r'nbs/00_core.ipynb: formula that MathJax refuses (Undefined control sequence \nosuch): \nosuch']
+    assert Check(repo, mathjax).faults == [
+        r'nbs/00_core.ipynb: formula that MathJax refuses (Undefined control sequence \nosuch): \nosuch'
+    ]
 
 def test_readme(clean):
     assert make_readme(clean) == """\
-<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->
+    <!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->
 
-# balms
+    # balms
 
-> A promise.
+    > A promise.
 
-See [the shift](nbs/00_core.ipynb#the-shift), [`log_prior`](https://balms.github.io/balms/core.html#log_prior) and ![a dot](nbs/images/a.png). In code: `[x](y.md)`.
+    See [the shift](nbs/00_core.ipynb#the-shift), [`log_prior`](https://balms.github.io/balms/core.html#log_prior) and ![a dot](nbs/images/a.png). In code: `[x](y.md)`.
 
-## Use
+    ## Use
 
-An equation $a_1$ and
+    An equation $a_1$ and
 
-$$b$$
+    $$b$$
 
-Note.
+    Note.
 
-Still.
+    Still.
 
-<!-- command: run -->
-```bash
-balms_train  # [x](y.md)
-```
+    <!-- command: run -->
+    ```bash
+    balms_train  # [x](y.md)
+    ```
 
-<!-- command: test -->
-```bash
-nbdev_test
-pytest
-```
+    <!-- command: test -->
+    ```bash
+    nbdev_test
+    pytest
+    ```
 
-```python
-print("hi")
-```
+    ```python
+    print("hi")
+    ```
 
-```
-hi
-```
+    ```
+    hi
+    ```
 
-```
-there
-```
+    ```
+    there
+    ```
 
-```python
-go()
-```
+    ```python
+    go()
+    ```
 
-```python
-step()
-```
+    ```python
+    step()
+    ```
 
-```python
-x
-```
+    ```python
+    x
+    ```
 
-**3**
-"""
+    **3**
+    """
 
-@pytest.mark.parametrize('output, what', [(show(text_plain='<Figure>', image_png='iVBOR'), 'save the figure in nbs/images'), (error, 'A stored error'),
-                                          (show(text_plain='<IPython.core.display.HTML object>', text_html='<b>3</b>'), 'without text or markdown')])
+@pytest.mark.parametrize(
+    'output, what',
+    [
+        (show(text_plain='<Figure>', image_png='iVBOR'), 'save the figure in nbs/images'),
+        (error, 'A stored error'),
+        (show(text_plain='<IPython.core.display.HTML object>', text_html='<b>3</b>'), 'without text or markdown'),
+    ],
+)
 def test_readme_refuses(repo, output, what):
     add(repo, code('plot()', output), to='index')
     with pytest.raises(ValueError, match=what): make_readme(repo)
@@ -234,7 +303,8 @@ def test_readme_command(clean):
     text = (clean/'README.md').read_text()
     assert readme_command(text, 'test') == 'nbdev_test\npytest\n'
     assert readme_command(text, 'run').startswith('balms_train')
-    with pytest.raises(ValueError, match='0 bash blocks'): readme_command(text.replace('command: run', 'command: go'), 'run')
+    with pytest.raises(ValueError, match='0 bash blocks'):
+        readme_command(text.replace('command: run', 'command: go'), 'run')
     with pytest.raises(ValueError, match='2 bash blocks'): readme_command(text + text, 'run')
 
 def test_run_notebooks(repo):
@@ -243,7 +313,9 @@ def test_run_notebooks(repo):
     write_nb(new_nb([code('1 + 1'), code('x = 2', stream('old')), code('#| eval: false\n1/0', stream('kept'))]), good)
     write_nb(new_nb([code('1 + 1'), code('print(nosuch)')]), bad)
     cells, before = read_nb(good).cells, bad.read_text()
-    res = subprocess.run([sys.executable, str(root/'tools/run_notebooks.py'), str(good), str(bad)], capture_output=True, text=True)
+    res = subprocess.run(
+        [sys.executable, str(root / 'tools/run_notebooks.py'), str(good), str(bad)], capture_output=True, text=True
+    )
     assert res.returncode == 1 and '90_good.ipynb' in res.stdout
     for o in ('91_bad.ipynb', 'Cell #2', 'print(nosuch)', 'NameError'): assert o in res.stderr, res.stderr
     new = read_nb(good).cells

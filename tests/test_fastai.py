@@ -14,11 +14,21 @@ def dls():
 
 def make(dls, loss, **kw):
     torch.manual_seed(0)
-    return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), loss_func=loss, metrics=accuracy, **kw)
+    return Learner(
+        dls,
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+        loss_func=loss,
+        metrics=accuracy,
+        **kw
+    )
 
 
 @pytest.mark.parametrize('cb', (None, MixUp, CutMix))
-@pytest.mark.parametrize('make_loss', (BalancedSoftmax.from_dls, lambda d: BalancedSoftmax.from_dls(d, label_smoothing=.1), BalancedSigmoid.from_dls), ids=('bs', 'bs_smooth', 'sigmoid'))
+@pytest.mark.parametrize(
+    'make_loss',
+    (BalancedSoftmax.from_dls, lambda d: BalancedSoftmax.from_dls(d, label_smoothing=0.1), BalancedSigmoid.from_dls),
+    ids=('bs', 'bs_smooth', 'sigmoid'),
+)
 def test_learner(dls, make_loss, cb, tmp_path):
     learn = make(dls, make_loss(dls), cbs=cb() if cb else None)
     sigmoid = isinstance(learn.loss_func, BalancedSigmoid)
@@ -33,7 +43,8 @@ def test_learner(dls, make_loss, cb, tmp_path):
     assert abs(losses.mean().item() - valid) < 1e-4
     learn.export(tmp_path/'m.pkl')
     again = load_learner(tmp_path/'m.pkl')
-    with again.no_bar(): torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(dls.valid_ds.images[:9]))[0], probs[:9])
+    with again.no_bar():
+        torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(dls.valid_ds.images[:9]))[0], probs[:9])
     assert torch.equal(again.loss_func.shift, learn.loss_func.shift)
 
 
@@ -56,7 +67,14 @@ def test_mixup_mixes_the_balanced_loss(dls):
                 loss, lam = self.learn.mix_up.old_lf, self.learn.mix_up.lam
                 per = lambda y: nn.functional.cross_entropy(self.learn.pred + loss.shift, y, reduction='none')
                 y1, y = self.learn.mix_up.yb1[0], self.learn.yb[0]
-                seen.append((self.learn.loss_grad.item(), torch.lerp(per(y1.as_subclass(torch.Tensor)), per(y.as_subclass(torch.Tensor)), lam.view(-1)).mean().item()))
+                seen.append(
+                    (
+                        self.learn.loss_grad.item(),
+                        torch.lerp(per(y1.as_subclass(torch.Tensor)), per(y.as_subclass(torch.Tensor)), lam.view(-1))
+                        .mean()
+                        .item(),
+                    )
+                )
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Spy())
     assert abs(seen[0][0] - seen[0][1]) < 1e-5
 
@@ -65,7 +83,17 @@ def test_metrics_survive_export(dls, tmp_path):
     learn = make(dls, BalancedSoftmax.from_dls(dls))
     learn.metrics = [*shot_metrics(class_counts(dls)), ECE()]
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'mean_class_acc', 'many_acc', 'medium_acc', 'few_acc', 'ece', 'time']
+    assert list(learn.recorder.metric_names) == [
+        'epoch',
+        'train_loss',
+        'valid_loss',
+        'mean_class_acc',
+        'many_acc',
+        'medium_acc',
+        'few_acc',
+        'ece',
+        'time',
+    ]
     learn.export(tmp_path/'m.pkl')
     assert load_learner(tmp_path/'m.pkl').metrics[1].name == 'many_acc'
 
@@ -79,8 +107,19 @@ def test_vision_learner_with_from_dls(tmp_path):
     for s, ns in (('train', (12, 6, 3)), ('test', (3, 3, 3))):
         for j, (c, n) in enumerate(zip('abc', ns)):
             (tmp_path/s/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray((80*j + rng.integers(0, 60, (40, 40, 3))).astype(np.uint8)).save(tmp_path/s/c/f'{i}.png')
-    dls = ImageDataLoaders.from_folder(tmp_path, train='train', valid='test', item_tfms=Resize(32), bs=8, num_workers=0, device='cpu')
-    learn = vision_learner(dls, resnet18, pretrained=False, loss_func=BalancedSoftmax.from_dls(dls), metrics=shot_metrics(class_counts(dls)))
+            for i in range(n):
+                Image.fromarray((80 * j + rng.integers(0, 60, (40, 40, 3))).astype(np.uint8)).save(
+                    tmp_path / s / c / f'{i}.png'
+                )
+    dls = ImageDataLoaders.from_folder(
+        tmp_path, train='train', valid='test', item_tfms=Resize(32), bs=8, num_workers=0, device='cpu'
+    )
+    learn = vision_learner(
+        dls,
+        resnet18,
+        pretrained=False,
+        loss_func=BalancedSoftmax.from_dls(dls),
+        metrics=shot_metrics(class_counts(dls)),
+    )
     assert class_counts(dls).tolist() == [12, 6, 3]
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)

@@ -1,7 +1,7 @@
 "Every method of the tables on long-tailed digits: it trains, evaluates, and is better than chance."
 from balms.methods import METHODS
 from balms.recipe import METHOD_GROUPS, Recipe
-from balms.recipes import run
+from balms.runs import run
 
 
 def test_every_method_learns_digits(tmp_path):

@@ -23,8 +23,10 @@ def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(
 
 def make(sets, loss=None, cbs=None, model=None, seed=0, bs=37, n_batches=7, **kw):
     torch.manual_seed(seed)
-    dls = array_dls(*sets, bs=bs, test_bs=230, n_batches=n_batches, seed=seed, device='cpu', **kw)     # 500 test images: the last batch is smaller
-    return Learner(dls, net() if model is None else model, loss_func=loss or BalancedSoftmax(class_counts(dls)), cbs=cbs)
+    # 500 test images: the last batch is smaller
+    dls = array_dls(*sets, bs=bs, test_bs=230, n_batches=n_batches, seed=seed, device='cpu', **kw)
+    return Learner(dls, net() if model is None else model, loss_func=loss or BalancedSoftmax(class_counts(dls)),
+                   cbs=cbs)
 
 
 def fit(learn, *a, **kw):
@@ -36,7 +38,9 @@ class Logits(Callback):
     "What the model said and what was asked, as float64, batch by batch"
     def before_fit(self): self.seen = []
     def after_pred(self):
-        if self.training: self.seen.append((self.epoch, self.pred.detach().as_subclass(Tensor).double().clone(), self.y.as_subclass(Tensor).clone()))
+        if self.training:
+            self.seen.append((self.epoch, self.pred.detach().as_subclass(Tensor).double().clone(),
+                              self.y.as_subclass(Tensor).clone()))
 
 
 def masses(seen, shift, epoch, weight=None):
@@ -59,7 +63,8 @@ def test_masses(sets, kind):
     "The recorded sums are those of the positives and negatives of Eq. 11"
     n = class_counts(sets[0].targets)
     weight = (n.sum()/n).float() if kind == 'weighted' else None
-    loss = nn.CrossEntropyLoss(weight) if kind in ('softmax', 'weighted') else BalancedSoftmax(n, tau=.25 if kind == 'quarter' else 1.)
+    loss = nn.CrossEntropyLoss(weight) if kind in ('softmax', 'weighted') else BalancedSoftmax(n,
+                                                                                               tau=.25 if kind == 'quarter' else 1.)
     cb, spy = OverBalance(), Logits()
     fit(make(sets, loss, [cb, spy]), 2, 1e-2)
     shift = {'balanced': n.log(), 'quarter': n.log()/4}.get(kind, torch.zeros(10))
@@ -68,7 +73,8 @@ def test_masses(sets, kind):
         pos, neg = masses(spy.seen, shift, epoch, weight)
         torch.testing.assert_close(cb.positive[epoch], pos, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(cb.negative[epoch], neg, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(cb.positive.sum(1), cb.negative.sum(1), rtol=1e-5, atol=0)       # rows of a softmax's gradient sum to 0
+    # rows of a softmax's gradient sum to 0
+    torch.testing.assert_close(cb.positive.sum(1), cb.negative.sum(1), rtol=1e-5, atol=0)
     torch.testing.assert_close(cb.ratio, cb.positive/(cb.positive + cb.negative))
     assert torch.equal(cb.counts, n)
 
@@ -81,7 +87,9 @@ def test_marginal(sets):
         def after_epoch(self):
             was = self.model.training
             self.model.eval()
-            with torch.no_grad(): after.append(torch.cat([self.model(x.as_subclass(Tensor)).softmax(1) for x, _ in self.dls.valid]).double().mean(0))
+            with torch.no_grad():
+                after.append(torch.cat([self.model(x.as_subclass(Tensor)).softmax(1) for x,
+                                        _ in self.dls.valid]).double().mean(0))
             self.model.train(was)
     learn = make(sets, cbs=cb)
     fit(learn, 3, 1e-2, cbs=Later())
@@ -108,14 +116,16 @@ def test_no_effect(sets):
     "Bit for bit the same weights and losses as without"
     a, b = (fit(make(sets, cbs=c), 2, 1e-2) for c in (None, OverBalance()))
     assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
-    assert a.recorder.values == b.recorder.values and torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
+    assert a.recorder.values == b.recorder.values and torch.equal(torch.stack(a.recorder.losses),
+                                                                  torch.stack(b.recorder.losses))
 
 
 class Scale(Callback):
     "Automatic mixed precision's loss scaling, on the CPU; `bad` steps overflow"
     order = 10
     def __init__(self, bad=()): self.bad = bad
-    def before_fit(self): self.learn.scaler, self.step = torch.amp.GradScaler('cpu', init_scale=2.**16, growth_interval=2), 0
+    def before_fit(self):
+        self.learn.scaler, self.step = torch.amp.GradScaler('cpu', init_scale=2.**16, growth_interval=2), 0
     def before_backward(self):
         self.learn.loss_grad = self.scaler.scale(self.loss_grad)*(float('inf') if self.step in self.bad else 1)
         self.step += 1
@@ -169,7 +179,8 @@ def test_exception(sets):
     learn = make(sets, cbs=cb)
     with pytest.raises(RuntimeError, match='boom'): fit(learn, 3, 1e-2, cbs=Boom())
     assert len(cb.positive) == len(cb.p_y) == 1
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in learn.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                   for m in learn.model.modules())
     learn.pred = learn.loss = learn.loss_grad = None
     gc.collect()
     assert all(r() is None for r in refs)                                   # and with the batch its hook
@@ -244,7 +255,8 @@ def test_plot(sets):
     fit(make(flip, cbs=cb), 2, 1e-2)
     ax, ax2 = cb.plot(epoch=0)
     lines = {l.get_label(): torch.as_tensor(l.get_ydata()) for l in ax.lines}
-    torch.testing.assert_close(lines['raises the logit (its own samples)'], (cb.positive[0]/cb.positive[0].sum()).flip(0))
+    torch.testing.assert_close(lines['raises the logit (its own samples)'],
+                               (cb.positive[0]/cb.positive[0].sum()).flip(0))
     torch.testing.assert_close(lines['lowers it (those of others)'], (cb.negative[0]/cb.negative[0].sum()).flip(0))
     torch.testing.assert_close(torch.as_tensor(ax2.lines[0].get_ydata()), cb.p_y[0].flip(0))
     assert any(set(l.get_ydata()) == {.1} for l in ax.lines) and len(cb.plot(axs=ax)) == 1
@@ -253,7 +265,8 @@ def test_plot(sets):
 def test_soft_targets_and_other_losses(sets):
     "MixUp, label smoothing and sigmoids are recorded as well; the sign says what raises a logit"
     n = class_counts(sets[0].targets)
-    for loss, cbs in ((BalancedSoftmax(n), [MixUp()]), (BalancedSoftmax(n, label_smoothing=.1), []), (BalancedSigmoid(n), [])):
+    for loss, cbs in ((BalancedSoftmax(n), [MixUp()]), (BalancedSoftmax(n, label_smoothing=.1), []),
+                      (BalancedSigmoid(n), [])):
         cb = OverBalance()
         fit(make(sets, loss, [cb, *cbs]), 1, 1e-2)
         assert (cb.positive > 0).all() and (cb.negative > 0).all()
@@ -278,7 +291,8 @@ def test_dense_predictions():
 
 
 @pytest.mark.parametrize('model, error, text', [
-    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), ValueError, r'the 10 classes of `counts` on axis 1, but the model returns shape \(37, 7\)'),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), ValueError,
+     r'the 10 classes of `counts` on axis 1, but the model returns shape \(37, 7\)'),
     (lambda: nn.Sequential(nn.Flatten(0), nn.Linear(64*37, 10)), ValueError, r'returns shape \(10,\)'),
     (lambda: Heads(), TypeError, 'returns a tuple: give it a model with one head'),
 ], ids=('classes', 'axis', 'heads'))
@@ -338,7 +352,8 @@ def test_equation_12():
         rest = lambda v: v*(1 - hot)
         eq11 = ((hot*rest(q).sum(1, keepdim=True) - rest(q))/N[y, None]).T @ f
         pair = lambda j, i: (c*p[:, i:i+1]*f)[y == j].sum(0)
-        exact = torch.stack([sum(n[i]/n[j]*pair(j, i)/N[j] - n[j]/n[i]*pair(i, j)/N[i] for i in range(k) if i != j) for j in range(k)])
+        exact = torch.stack([sum(n[i]/n[j]*pair(j, i)/N[j] - n[j]/n[i]*pair(i, j)/N[i] for i in range(k) if i != j)
+                             for j in range(k)])
         torch.testing.assert_close(exact, eq11)
         gaps.append(((rest(q).sum(1)/rest(p).sum(1)).log().abs().mean(), c.log().abs().mean()))
     assert gaps[-1][1] < 1e-6 and gaps[-1][0] > 1                              # c -> 1, (1 - phihat)/(1 - phi) does not

@@ -79,7 +79,10 @@ def test_one_wrong_sample_is_enough():
     assert math.isclose((z/T).softmax(1).amax(), 29/30, rel_tol=1e-6)          # as sure as it is right
 
 
-@pytest.mark.parametrize('bad', [lambda z, y: (z[:0], y[:0]), lambda z, y: (z[0], y[0]), lambda z, y: (z, y[:-1]), lambda z, y: (z, y[:, None])])
+@pytest.mark.parametrize(
+    'bad',
+    [lambda z, y: (z[:0], y[:0]), lambda z, y: (z[0], y[0]), lambda z, y: (z, y[:-1]), lambda z, y: (z, y[:, None])],
+)
 def test_temperature_shapes(bad):
     with pytest.raises(ValueError, match='Need logits'): fit_temperature(*bad(*problem(0)))
 
@@ -104,7 +107,8 @@ def test_whatever_prior_the_probabilities_hold_for():
     x, _ = world.sample([900, 300, 100, 50, 20, 5], rng(1))
     p = world.posterior(x)
     q = estimate_prior(p, tol=1e-11)
-    for old in ([1, 2, 3, 4, 5, 6], [1e6, 1e4, 1e3, 100, 10, 1]): assert (estimate_prior(change_prior(p, old), old, tol=1e-11) - q).abs().max() < 1e-4
+    for old in ([1, 2, 3, 4, 5, 6], [1e6, 1e4, 1e3, 100, 10, 1]):
+        assert (estimate_prior(change_prior(p, old), old, tol=1e-11) - q).abs().max() < 1e-4
 
 
 @quick
@@ -116,7 +120,11 @@ def test_the_bound_is_one(seed, n, k):
     assert abs(q.sum().item() - 1) < 1e-12 and (q >= 0).all() and q.dtype == torch.double
     assert (p/(p @ q)[:, None]).mean(0).max() <= 1 + 1e-5 + 1e-12                 # the gradient, by hand
     L = lambda v: (p @ v).log().mean()
-    others = torch.distributions.Dirichlet(torch.ones(k, dtype=torch.double)).sample((200,)) if k > 1 else torch.ones(1, 1, dtype=torch.double)
+    others = (
+        torch.distributions.Dirichlet(torch.ones(k, dtype=torch.double)).sample((200,))
+        if k > 1
+        else torch.ones(1, 1, dtype=torch.double)
+    )
     assert all(L(v) <= L(q) + 1e-5 for v in others) and all(L(.999*q + .001*v) <= L(q) + 1e-5 for v in others)
 
 
@@ -132,7 +140,8 @@ def test_confident_rows_and_absent_classes():
     p = torch.eye(4)[torch.tensor([0, 0, 0, 1])]
     assert (estimate_prior(p) - torch.tensor([.75, .25, 0, 0])).abs().max() < 1e-12
     assert torch.equal(estimate_prior(torch.ones(3, 1)), torch.ones(1, dtype=torch.double))
-    assert (estimate_prior(torch.full((5, 4), .25)) - .25).abs().max() < 1e-12      # nothing to learn from: as at the start
+    # nothing to learn from: as at the start
+    assert (estimate_prior(torch.full((5, 4), .25)) - .25).abs().max() < 1e-12
 
 
 def test_many_classes():
@@ -152,6 +161,15 @@ def test_inputs_are_left_alone():
     assert torch.equal(p.detach(), before) and not q.requires_grad
 
 
-@pytest.mark.parametrize('p, what', [(torch.rand(4), 'must be'), (torch.zeros(0, 3), 'must be'), (torch.tensor([[.5, .2]]), 'sum to 1'), (torch.tensor([[1.5, -.5]]), 'sum to 1'), (torch.tensor([[math.nan, 1.]]), 'finite')])
+@pytest.mark.parametrize(
+    'p, what',
+    [
+        (torch.rand(4), 'must be'),
+        (torch.zeros(0, 3), 'must be'),
+        (torch.tensor([[0.5, 0.2]]), 'sum to 1'),
+        (torch.tensor([[1.5, -0.5]]), 'sum to 1'),
+        (torch.tensor([[math.nan, 1.0]]), 'finite'),
+    ],
+)
 def test_not_probabilities(p, what):
     with pytest.raises(ValueError, match=what): estimate_prior(p)

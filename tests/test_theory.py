@@ -1,4 +1,5 @@
-"Properties of `balms.theory`, and the equation index: what the notebooks show must be in it, and what it links to must exist."
+"""Properties of `balms.theory`, and the equation index: what the notebooks show must be in it, and what it links to
+must exist."""
 import importlib, json, math, re
 from pathlib import Path
 
@@ -7,7 +8,15 @@ from hypothesis import given, settings, strategies as st
 
 from balms._modidx import d
 from balms.core import BalancedSoftmax, log_prior
-from balms.theory import GaussianClasses, change_prior, class_margins, fit_linear, loss_error, margin_bound, optimal_margins
+from balms.theory import (
+    GaussianClasses,
+    change_prior,
+    class_margins,
+    fit_linear,
+    loss_error,
+    margin_bound,
+    optimal_margins,
+)
 
 nbs = Path(__file__).parent.parent/'nbs'
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -62,11 +71,17 @@ def test_change_prior(n, seed, scale):
 @given(seeds, st.integers(2, 6), st.integers(1, 4))
 def test_gaussian_classes(seed, k, dim):
     g = rng(seed)
-    means, std, prior = torch.randn(k, dim, generator=g), torch.rand(k, generator=g) + .3, torch.rand(k, generator=g) + .1
+    means, std, prior = (
+        torch.randn(k, dim, generator=g),
+        torch.rand(k, generator=g) + 0.3,
+        torch.rand(k, generator=g) + 0.1,
+    )
     world = GaussianClasses(means, std)
     x, y = world.sample(torch.arange(1, k + 1), g)
     assert torch.equal(torch.bincount(y), torch.arange(1, k + 1))
-    ref = torch.stack([torch.distributions.Normal(m.double(), s.double()).log_prob(x).sum(1) for m, s in zip(means, std)], 1)
+    ref = torch.stack(
+        [torch.distributions.Normal(m.double(), s.double()).log_prob(x).sum(1) for m, s in zip(means, std)], 1
+    )
     torch.testing.assert_close(world.log_lik(x), ref)
     joint = ref.exp()*prior.double()
     torch.testing.assert_close(world.posterior(x, prior), joint/joint.sum(1, keepdim=True))
@@ -85,7 +100,8 @@ def test_fit_linear():
         for p in net.requires_grad_().parameters(): p.grad = None
         F.cross_entropy(net(x), y).backward()
     assert (net.weight.grad + .1*net.weight).abs().max() < 1e-6 and (net.bias.grad + .1*net.bias).abs().max() < 1e-6
-    with pytest.raises(ValueError, match='linearly separable'): fit_linear(torch.tensor([[-1.], [1.]]).double(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='linearly separable'):
+        fit_linear(torch.tensor([[-1.0], [1.0]]).double(), torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match='Not converged after 1 steps'): fit_linear(x, y, max_iter=1)
 
 
@@ -110,12 +126,17 @@ def test_optimal_margins(n, seed, beta, C):
 def test_margin_bound(n, seed, C, delta):
     k, g = len(n), torch.rand(len(n), dtype=torch.double, generator=rng(seed)) + .05
     b = margin_bound(n, g, C, margin_error=.1, bound=2., delta=delta)
-    assert list(b) == ['margin error', 'complexity', 'scale', 'confidence'] and all(v.shape == (k,) and (v >= 0).all() for v in b.values())
+    assert list(b) == ['margin error', 'complexity', 'scale', 'confidence'] and all(
+        v.shape == (k,) and (v >= 0).all() for v in b.values()
+    )
     by_hand = .1 + 4/g*(C/n).sqrt() + (torch.log(torch.log2(8/g))/n).sqrt() + (math.log(1/delta)/(2*n)).sqrt()
     torch.testing.assert_close(sum(b.values()), by_hand)
     more = margin_bound(4*n, g, C, margin_error=.1, bound=2., delta=delta)
     for key in ('complexity', 'scale', 'confidence'): torch.testing.assert_close(more[key], b[key]/2)
-    assert (sum(margin_bound(n, g*1.1, C, bound=2., delta=delta).values()) < sum(margin_bound(n, g, C, bound=2., delta=delta).values())).all()
+    assert (
+        sum(margin_bound(n, g * 1.1, C, bound=2.0, delta=delta).values())
+        < sum(margin_bound(n, g, C, bound=2.0, delta=delta).values())
+    ).all()
     assert (margin_bound(n, g, C, delta=delta/2)['confidence'] > margin_bound(n, g, C, delta=delta)['confidence']).all()
 
 
@@ -136,15 +157,25 @@ def test_errors_and_margins(seed, k, scale):
 
 heading, anchor = re.compile(r'^#+ .*$', re.M), re.compile(r'\{#([\w-]+)\}')
 
-def markdown(nb): return [''.join(c['source']) for c in json.loads((nbs/nb).read_text())['cells'] if c['cell_type'] == 'markdown']
+def markdown(nb):
+    return [''.join(c['source']) for c in json.loads((nbs / nb).read_text())['cells'] if c['cell_type'] == 'markdown']
 
 def sections(nb):
     "[(id or None, text)] of a notebook, one for each heading"
     text = '\n\n'.join(markdown(nb))
     starts = [m.start() for m in heading.finditer(text)] + [len(text)]
-    return [(m[1] if (m := anchor.search(text[a:b].split('\n')[0])) else None, text[a:b]) for a, b in zip(starts, starts[1:])]
+    return [
+        (m[1] if (m := anchor.search(text[a:b].split('\n')[0])) else None, text[a:b])
+        for a, b in zip(starts, starts[1:])
+    ]
 
-def rows(texts): return [[c.strip() for c in line.strip('| ').split(' | ')] for t in texts for line in t.split('\n') if line.startswith('| ') and not line.startswith('|---')]
+def rows(texts):
+    return [
+        [c.strip() for c in line.strip('| ').split(' | ')]
+        for t in texts
+        for line in t.split('\n')
+        if line.startswith('| ') and not line.startswith('|---')
+    ]
 
 def links(text): return re.findall(r'\]\(([\w./-]+\.ipynb)(?:#([\w-]+))?\)', text)
 
@@ -160,7 +191,10 @@ theory = sorted({nb for t in index for nb, _ in links(t)})
 def test_index_has_no_dead_link():
     assert sum(len(links(t)) for t in index) > 30
     assert dead(index, ids) == []
-    assert dead(['[x](01_label_shift.ipynb#no-such-cell) [y](99_none.ipynb)'], ids) == [('01_label_shift.ipynb', 'no-such-cell'), ('99_none.ipynb', '')]
+    assert dead(['[x](01_label_shift.ipynb#no-such-cell) [y](99_none.ipynb)'], ids) == [
+        ('01_label_shift.ipynb', 'no-such-cell'),
+        ('99_none.ipynb', ''),
+    ]
 
 @pytest.mark.parametrize('nb', theory)
 def test_theory_notebooks_have_no_dead_link(nb):
@@ -185,7 +219,12 @@ def test_every_numbered_equation_is_in_the_index():
 
 def test_every_proof_step_is_in_the_index():
     linked = {l for t in index for l in links(t)}
-    steps = {(nb, i) for nb in theory for i, _ in sections(nb) if i and re.match(r'a\d-|equation-|theorem-|corollary-|supplement-', i)}
+    steps = {
+        (nb, i)
+        for nb in theory
+        for i, _ in sections(nb)
+        if i and re.match(r'a\d-|equation-|theorem-|corollary-|supplement-', i)
+    }
     assert len(steps) > 20 and steps <= linked, steps - linked
 
 def test_every_named_function_imports():

@@ -1,6 +1,8 @@
 """Check the pages without Quarto: `python tools/check_docs.py [--mathjax DIR]`
 
-The notebooks go through nbdev's processors, as for the site, and then through pandoc; what a reader would find broken is reported."""
+The notebooks go through nbdev's processors, as for the site, and then through pandoc; what a reader would find broken
+is reported.
+"""
 import ast, importlib, inspect, json, pkgutil, re, shutil, subprocess, sys, tempfile, warnings
 from functools import cache
 from pathlib import Path
@@ -17,16 +19,28 @@ from readme import is_shown, option, process, project, root
 
 texts = 'README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'
 # A backticked `Name` or `name()` may be defined in any of these, in balms, or in its own notebook.
-known_modules = ('builtins numpy matplotlib.pyplot torch torch.nn torch.nn.functional torch.optim torch.utils.data torch.distributed '
-                 'torchvision torchvision.models fastai.vision.all fastai.callback.all fastcore.test nbdev.showdoc').split()
-known_classes = 'builtins.str builtins.list builtins.dict builtins.set pathlib.Path torch.Tensor torch.nn.Module fastai.learner.Learner fastai.data.core.DataLoaders'.split()
+known_modules = (
+    'builtins numpy matplotlib.pyplot torch torch.nn torch.nn.functional torch.optim torch.utils.data torch.distributed'
+    ' torchvision torchvision.models fastai.vision.all fastai.callback.all fastcore.test nbdev.showdoc'
+).split()
+known_classes = (
+    'builtins.str builtins.list builtins.dict builtins.set pathlib.Path torch.Tensor torch.nn.Module'
+    ' fastai.learner.Learner fastai.data.core.DataLoaders'.split()
+)
 
 # --- what is on a page
 
 @cache
 def pandoc(text, fmt):
     "Pandoc's syntax tree of `text`."
-    out = subprocess.run([pypandoc.get_pandoc_path(), '-f', fmt, '-t', 'json'], input=text, capture_output=True, text=True, encoding='utf-8', check=True)
+    out = subprocess.run(
+        [pypandoc.get_pandoc_path(), '-f', fmt, '-t', 'json'],
+        input=text,
+        capture_output=True,
+        text=True,
+        encoding='utf-8',
+        check=True,
+    )
     return json.loads(out.stdout)['blocks']
 
 def nodes(tree):
@@ -39,7 +53,14 @@ def nodes(tree):
 
 def flat(tree):
     "Plain text of pandoc elements."
-    return ''.join(' ' if o['t'] in ('Space', 'SoftBreak') else o['c'] if o['t'] == 'Str' else o['c'][1] if o['t'] in ('Code', 'Math') else '' for o in nodes(tree))
+    return ''.join(
+        (
+            ' '
+            if o['t'] in ('Space', 'SoftBreak')
+            else o['c'] if o['t'] == 'Str' else o['c'][1] if o['t'] in ('Code', 'Math') else ''
+        )
+        for o in nodes(tree)
+    )
 
 def nb2md(nb):
     "What a processed notebook shows, as markdown; code is left out, it holds nothing to check."
@@ -55,7 +76,8 @@ def nb2md(nb):
 def _head(cell): return re.match(r'(\s*#\s*\|.*\n?)*', cell.source)[0]
 
 def figure_alt(cell, i):
-    "Alt text of output `i` of a processed cell, or '': the option `fig-alt`, one text for all outputs or, as Quarto reads a list, one entry an output."
+    """Alt text of output `i` of a processed cell, or '': the option `fig-alt`, one text for all outputs or, as Quarto
+    reads a list, one entry an output."""
     alt = yaml.safe_load('\n'.join(re.findall(r'#\s*\|\s*(fig-alt:.*)', _head(cell))) or '{}').get('fig-alt')
     if isinstance(alt, list): alt = alt[i] if i < len(alt) else ''
     return alt.strip() if isinstance(alt, str) else ''
@@ -65,13 +87,23 @@ def alt_faults(nb):
     for c in nb.cells:
         if c.cell_type != 'code' or not is_shown(c): continue
         for i, o in enumerate(c.get('outputs', [])):
-            if any(k.startswith('image/') for k in o.get('data', {})) and not figure_alt(c, i): yield c.source[len(_head(c)):].partition('\n')[0]
+            if any(k.startswith('image/') for k in o.get('data', {})) and not figure_alt(c, i):
+                yield c.source[len(_head(c)) :].partition('\n')[0]
 
 class Page:
     "What can be wrong on one page: its ids, links, images, formulas, names and references."
     def __init__(self, path, text, fmt, nb=None):
         self.path, self.nb = path, nb
-        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray, self.rows = set(), [], [], [], [], [], [], []
+        self.ids, self.links, self.images, self.maths, self.names, self.refs, self.stray, self.rows = (
+            set(),
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         for o in nodes(pandoc(text, fmt)):
             t, c = o['t'], o.get('c')
             if t == 'Header': self.ids.add(c[1][0])
@@ -119,7 +151,10 @@ def has_attrs(o, attrs):
         if hasattr(o, a): o = getattr(o, a); continue
         if not inspect.isclass(o) or i < len(attrs) - 1: return False
         own = [k for k in o.__mro__ if k.__module__.startswith('balms')]
-        return a in inspect.signature(o).parameters or any(a in k.__dict__.get('__annotations__', {}) or re.search(rf'\bself\.{a}\b', inspect.getsource(k)) for k in own)
+        return a in inspect.signature(o).parameters or any(
+            a in k.__dict__.get('__annotations__', {}) or re.search(rf'\bself\.{a}\b', inspect.getsource(k))
+            for k in own
+        )
     return True
 
 @cache
@@ -147,7 +182,8 @@ def defined(nb):
             elif isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store): res.add(o.id)
             elif isinstance(o, (ast.Import, ast.ImportFrom)):
                 res |= {(a.asname or a.name).split('.')[0] for a in o.names}
-                if isinstance(o, ast.ImportFrom) and o.names[0].name == '*' and resolve(o.module): res |= set(dir(importlib.import_module(o.module)))
+                if isinstance(o, ast.ImportFrom) and o.names[0].name == '*' and resolve(o.module):
+                    res |= set(dir(importlib.import_module(o.module)))
     return res
 
 def is_dead(name, own, lib):
@@ -174,7 +210,10 @@ def unbalanced(tex):
 
 _mathjax = r"""
 const tex = {packages: {'[-]': ['noundefined', 'noerrors', 'bussproofs']}, formatError: (_, e) => { throw e }}
-const say = f => ([display, tex]) => { try { f.texReset(); f.tex2mml(tex, {display}); return null } catch (e) { return e.message } }
+const say = f => ([display, tex]) => {
+    try { f.texReset(); f.tex2mml(tex, {display}); return null }
+    catch (e) { return e.message }
+}
 require(process.argv[1]).init({loader: {load: ['input/tex-full']}, tex}).then(f =>
     console.log(JSON.stringify(JSON.parse(require('fs').readFileSync(0)).map(say(f)))))
 """
@@ -183,17 +222,32 @@ def mathjax_errors(maths, folder):
     "What MathJax, in `folder`/node_modules, says of each formula (is it displayed?, TeX); None for a good one."
     where = Path(folder).resolve()/'node_modules/mathjax'
     if not where.exists(): sys.exit(f'No MathJax in {folder}: npm install --no-save --prefix {folder} mathjax@3')
-    return json.loads(subprocess.run(['node', '-e', _mathjax, str(where)], input=json.dumps(maths), capture_output=True, text=True, encoding='utf-8', check=True).stdout)
+    return json.loads(
+        subprocess.run(
+            ['node', '-e', _mathjax, str(where)],
+            input=json.dumps(maths),
+            capture_output=True,
+            text=True,
+            encoding='utf-8',
+            check=True,
+        ).stdout
+    )
 
 # --- the check
 
 def title_faults(nb):
     "nbdev makes the title of the cell with the H1 and drops whatever else that cell says."
-    heads = [c for c in nb.cells if c.cell_type == 'markdown' and re.search(r'^# ', re.sub(r'^```.*?^```', '', c.source, flags=re.M|re.S), re.M)]
+    heads = [
+        c
+        for c in nb.cells
+        if c.cell_type == 'markdown'
+        and re.search(r'^# ', re.sub(r'^```.*?^```', '', c.source, flags=re.M | re.S), re.M)
+    ]
     if len(heads) != 1: yield f'{len(heads)} level-one headings instead of one'
     for c in heads[:1]:
         lines = [l for l in c.source.splitlines() if l.strip()]
-        if not (lines[0].startswith('# ') and len([l for l in lines if l.startswith('> ')]) == 1): yield 'the first cell must be one "# title" and one "> promise" line'
+        if not (lines[0].startswith('# ') and len([l for l in lines if l.startswith('> ')]) == 1):
+            yield 'the first cell must be one "# title" and one "> promise" line'
         for l in lines:
             if not re.match(r'# |> |- \S+:', l): yield f'the site drops this line of the title cell: {l}'
 
@@ -213,12 +267,20 @@ class Check:
             tmp = Path(tmp)
             for o in ('nbs', 'balms', 'settings.ini'):
                 src = self.root/o
-                if src.is_dir(): shutil.copytree(src, tmp/o, symlinks=True, ignore=shutil.ignore_patterns('.*', '__pycache__', '_proc', 'runs'))
-                elif src.exists(): shutil.copy(src, tmp)
+                if src.is_dir():
+                    shutil.copytree(
+                        src, tmp / o, symlinks=True, ignore=shutil.ignore_patterns('.*', '__pycache__', '_proc', 'runs')
+                    )
+                elif src.exists():
+                    shutil.copy(src, tmp)
             with project(tmp), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 cfg = get_config()
-                self.lib, self.site, self.repo = cfg.lib_path.name, cfg.doc_host + cfg.doc_baseurl + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
+                self.lib, self.site, self.repo = (
+                    cfg.lib_path.name,
+                    cfg.doc_host + cfg.doc_baseurl + '/',
+                    f'{cfg.git_url}/blob/{cfg.branch}/',
+                )
                 for p in sorted(tmp.glob('nbs/[!_.]*.ipynb')): self.read_nb(p, f'nbs/{p.name}')
         for p in texts:
             if (self.root/p).exists(): self.pages[p] = Page(p, (self.root/p).read_text(encoding='utf-8'), 'gfm')
@@ -227,7 +289,8 @@ class Check:
         if mathjax: self.mathjax(mathjax)
         self.sidebar()
 
-    def say(self, page, what, text=''): self.faults.append(f'{page}: {what}' + f': {" ".join(text.split())[:200]}'*bool(text))
+    def say(self, page, what, text=''):
+        self.faults.append(f'{page}: {what}' + f': {" ".join(text.split())[:200]}' * bool(text))
 
     def read_nb(self, file, path):
         nb = read_nb(file)
@@ -237,14 +300,24 @@ class Check:
                 if o.output_type == 'error': self.say(path, f'stored error in cell {i}', f'{o.ename}: {o.evalue}')
         try: done = process(file)
         except Exception as e:
-            self.say(path, f'the site cannot be built ({type(e.__cause__ or e).__name__}: {e.__cause__ or e}); nbdev runs every cell with an import, and those that export or show_doc, but no other', str(e))
+            self.say(
+                path,
+                f'the site cannot be built ({type(e.__cause__ or e).__name__}: {e.__cause__ or e}); nbdev runs every'
+                ' cell with an import, and those that export or show_doc, but no other',
+                str(e),
+            )
             done = process(file, skip=['exec_show_docs'])
         for line in alt_faults(done): self.say(path, 'figure without alt text (#| fig-alt: "...")', line)
         self.pages[path] = Page(path, '\n\n'.join(nb2md(done)), 'markdown', nb)
 
     def target(self, page, url):
         "What is wrong with a link from `page` to `url`, or None."
-        if url.startswith(self.repo): return None if (self.root/unquote(url[len(self.repo):].partition('#')[0])).exists() else 'not in the repository'
+        if url.startswith(self.repo):
+            return (
+                None
+                if (self.root / unquote(url[len(self.repo) :].partition('#')[0])).exists()
+                else 'not in the repository'
+            )
         own = url.startswith(self.site)
         if own: url = url[len(self.site):]
         elif re.match(r'[a-z][a-z0-9+.-]*:|//', url, re.I): return
@@ -255,7 +328,8 @@ class Check:
         else:
             file = (self.root/('nbs' if on_site else '.')/path).resolve()
             to = file.relative_to(self.root).as_posix() if file.is_relative_to(self.root) else None
-            if to is None or not file.exists() or file.suffix == '.ipynb' and to not in self.pages: return 'no such page' if file.suffix == '.ipynb' else 'no such file'
+            if to is None or not file.exists() or file.suffix == '.ipynb' and to not in self.pages:
+                return 'no such page' if file.suffix == '.ipynb' else 'no such file'
             if on_site and not to.startswith('nbs/'): return f'outside of nbs/, so not on the site: use {self.repo}{to}'
         if anchor and to in self.pages and anchor not in self.pages[to].ids: return f'no such anchor in {to}'
 
@@ -264,15 +338,24 @@ class Check:
             if '](' in text: self.say(p.path, 'link within a link (backticks in its text are one already)', text)
             if why := self.target(p, url):
                 auto = url.startswith(self.site) and '#' in url
-                self.say(p.path, f'dead link ({why})', f'[{text}]({url})' + auto*' (where nbdev made it from backticks: document the name with show_doc, or put spaces inside the backticks)')
+                self.say(
+                    p.path,
+                    f'dead link ({why})',
+                    f'[{text}]({url})'
+                    + auto
+                    * ' (where nbdev made it from backticks: document the name with show_doc, or put spaces inside the'
+                    ' backticks)',
+                )
         for url, alt in p.images:
-            if not url.startswith('data:') and (why := self.target(p, url)): self.say(p.path, f'missing image ({why})', url)
+            if not url.startswith('data:') and (why := self.target(p, url)):
+                self.say(p.path, f'missing image ({why})', url)
             if not alt.strip(): self.say(p.path, 'image without alt text', url)
         own = defined(p.nb)
         for name in p.names:
             if is_dead(name, own, self.lib): self.say(p.path, 'name that resolves to nothing', f'`{name}`')
         for ref in p.refs:
-            if re.match(r'(eq|fig|tbl|sec)-', ref) and ref not in p.ids: self.say(p.path, 'reference to nothing', f'@{ref}')
+            if re.match(r'(eq|fig|tbl|sec)-', ref) and ref not in p.ids:
+                self.say(p.path, 'reference to nothing', f'@{ref}')
         for _, tex in p.maths:
             if unbalanced(tex): self.say(p.path, 'formula with unbalanced braces', tex)
         for s in p.rows: self.say(p.path, 'table row outside of a table', s)
@@ -287,7 +370,8 @@ class Check:
         site = yaml.safe_load((self.root/'_quarto.yml').read_text(encoding='utf-8'))['website']
         listed = list(sidebar(site.get('sidebar')))
         for o in listed + list(sidebar(site.get('navbar'))):
-            if not re.match(r'[a-z]+:', o) and not (self.root/'nbs'/o).exists(): self.say('_quarto.yml', 'no such page', o)
+            if not re.match(r'[a-z]+:', o) and not (self.root / 'nbs' / o).exists():
+                self.say('_quarto.yml', 'no such page', o)
         for f in sorted((self.root/'nbs').glob('[!_.]*.ipynb')):
             if f.name not in listed: self.say('_quarto.yml', 'notebook that is not in the sidebar', f.name)
 

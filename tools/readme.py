@@ -18,7 +18,8 @@ header = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, 
 
 @contextmanager
 def project(root):
-    "Work in the nbdev project at `root`. Backticks link to its own pages alone, so nothing depends on what else is installed."
+    """Work in the nbdev project at `root`. Backticks link to its own pages alone, so nothing depends on what else is
+    installed."""
     def refresh(): get_config.cache_clear(); nbdev.doclinks._build_lookup_table.cache_clear()
     cwd, points, in_test = os.getcwd(), nbdev.doclinks.entry_points, os.environ.get('IN_TEST')
     os.chdir(root); refresh()
@@ -38,7 +39,8 @@ def process(path, skip=()):
     try: proc.process()
     finally:
         for p in proc.procs:
-            if hasattr(p, 'k'): atexit.unregister(p.k.atexit_operations)   # a shell's own clean-up takes long, and there is one a page
+            # a shell's own clean-up takes long, and there is one a page
+            if hasattr(p, 'k'): atexit.unregister(p.k.atexit_operations)
     return proc.nb
 
 def option(cell, name):
@@ -57,8 +59,10 @@ def _output(o, cell):
     "One stored output as markdown, or `ValueError` for what a README cannot show."
     def no(what): raise ValueError(f'{what} in the cell\n\n{cell.source}')
     if o.output_type == 'error': no('A stored error')
-    if o.output_type == 'stream': return ''.join(o.text) if option(cell, 'output') == 'asis' else _fence(''.join(o.text))
-    if any(k.startswith('image/') for k in o.data): no('An image output: save the figure in nbs/images and refer to it as ![what it shows](images/x.png),')
+    if o.output_type == 'stream':
+        return ''.join(o.text) if option(cell, 'output') == 'asis' else _fence(''.join(o.text))
+    if any(k.startswith('image/') for k in o.data):
+        no('An image output: save the figure in nbs/images and refer to it as ![what it shows](images/x.png),')
     if 'text/markdown' in o.data: return ''.join(o.data['text/markdown'])
     text = ''.join(o.data.get('text/plain', ''))
     if not text or text.startswith('<IPython.'): no('An output without text or markdown')
@@ -72,7 +76,9 @@ def _code(cell):
     if is_shown(cell): yield from (_output(o, cell).strip() for o in cell.get('outputs', []))
 
 _re_fenced = re.compile(r'(^(`{3,}|~{3,}).*?^\2\s*?$)', re.M|re.S)
-_re_target = re.compile(r'(?P<code>`+).+?(?P=code)|(?P<pre>\]\(|\bsrc="|\bhref="|^\[[^\]]+\]:\s+)(?P<to>[^)\s">]+)', re.M)
+_re_target = re.compile(
+    r'(?P<code>`+).+?(?P=code)|(?P<pre>\]\(|\bsrc="|\bhref="|^\[[^\]]+\]:\s+)(?P<to>[^)\s">]+)', re.M
+)
 
 def _from_root(m):
     "A link that is relative to nbs/, relative to the root."
@@ -118,5 +124,8 @@ def main(
     old = file.read_text(encoding='utf-8') if file.exists() else ''
     if not check: file.write_text(new, encoding='utf-8')
     elif new != old:
-        print(*difflib.unified_diff(old.splitlines(), new.splitlines(), 'README.md', 'from nbs/index.ipynb', lineterm=''), sep='\n')
+        print(
+            *difflib.unified_diff(old.splitlines(), new.splitlines(), 'README.md', 'from nbs/index.ipynb', lineterm=''),
+            sep='\n'
+        )
         sys.exit('README.md is not up to date: python tools/readme.py')

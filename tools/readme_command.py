@@ -11,5 +11,12 @@ def readme_command(text, name):
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1] not in ('run', 'test'): sys.exit(__doc__)
-    try: print(readme_command((Path(__file__).resolve().parent.parent/'README.md').read_text(encoding='utf-8'), sys.argv[1]), end='')
-    except (OSError, ValueError) as e: sys.exit(f'tools/readme_command.py: {e}')
+    try:
+        print(
+            readme_command(
+                (Path(__file__).resolve().parent.parent / 'README.md').read_text(encoding='utf-8'), sys.argv[1]
+            ),
+            end='',
+        )
+    except (OSError, ValueError) as e:
+        sys.exit(f'tools/readme_command.py: {e}')

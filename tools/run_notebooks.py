@@ -25,7 +25,8 @@ def run_nb(path, check=False):
     os.chdir(path.parent); sys.path.insert(0, str(root))
     shell = CaptureShell(path.parent, mpl_format='png')
     warnings.filterwarnings('ignore', module='(?!balms|__main__)')   # not a reader's business
-    warnings.formatwarning = lambda message, category, *_, **__: f'{category.__name__}: {message}\n'   # without this machine's paths
+    # without this machine's paths
+    warnings.formatwarning = lambda message, category, *_, **__: f'{category.__name__}: {message}\n'
     with tempfile.TemporaryDirectory() as tmp:
         done = Path(tmp)/path.name
         try: shell.execute(path, done, exc_stop=True, preproc=_prepare)
