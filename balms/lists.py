@@ -178,7 +178,8 @@ def sample_tree(
     seed:int=0, # Of the sizes
 ) -> Path: # `root`, with images and digits_train.txt, digits_val.txt, digits_test.txt
     "A small long-tailed data set in the form of ImageNet-LT: scikit-learn's digits as JPEG files, and lists of them."
-    from balms.data import load_digits, long_tail
+    from balms.datasets import load_digits
+    from balms.long_tail import long_tail
     root, rng = Path(root), np.random.default_rng(seed)
     digits, test = load_digits()
     def part(ds, which):
