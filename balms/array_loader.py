@@ -187,7 +187,7 @@ def array_dls(
         if isinstance(train, FeatureBank): return []
         return [IntToFloatTensor(), Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False)]
     if not isinstance(train, FeatureBank):
-        pixels = train.images.float()/255
+        pixels = train.images.contiguous().float()/255      # the same bits whatever the layout in memory
         mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp_min(1e-3)
     draws = dict(shuffle=True, sampler=sampler, augment=augment, n_batches=n_batches, seed=seed)
     train_dl = ArrayDL(train, bs, device=device, after_batch=after_batch(), **draws)

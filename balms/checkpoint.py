@@ -7,7 +7,7 @@ __all__ = ['training_state', 'restore_training', 'checkpoint_files', 'save_check
            'StopSignal', 'join_environments', 'Checkpoint']
 
 # %% ../nbs/12c_checkpoint.ipynb #c0a10004
-import json, os, signal, threading, time, warnings
+import io, json, os, signal, threading, time, warnings
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -66,7 +66,9 @@ def save_checkpoint(
     "Write a checkpoint; the one before stays beside it. Raises an `OSError` that names the file."
     newest, before = checkpoint_files(folder)
     new = newest.with_name('checkpoint.new.pt')
-    write_file(new, lambda f: torch.save(state, f))
+    buffer = io.BytesIO()                                            # torch hides an error of the disk
+    torch.save(state, buffer)
+    write_file(new, buffer.getbuffer())
     if newest.exists(): os.replace(newest, before)
     os.replace(new, newest)
 
@@ -110,7 +112,9 @@ class StopSignal:
         self.wanted = True
 
 # %% ../nbs/12c_checkpoint.ipynb #c0a1000f
-def join_environments(*environments) -> list:
+def join_environments(
+    *environments, # Dicts, see `Execution.environment`
+) -> list:
     "Each way in which something was done, once; those that differ in the date alone are one"
     joined = {}
     for e in environments:

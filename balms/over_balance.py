@@ -73,7 +73,7 @@ class OverBalance(Callback):
             mass = torch.where(mass.isfinite().all(), mass, torch.zeros_like(mass))
         self._mass = self._mass + mass
 
-# %% ../nbs/08_over_balance.ipynb #b4808e7c
+# %% ../nbs/08_over_balance.ipynb #c4954b3f
 @patch
 def after_train(self:OverBalance):
     "The epoch's sums join the record"
@@ -94,7 +94,10 @@ def after_validate(self:OverBalance):
     "p(y) joins the record"
     if self._probs is None: return
     if self._n_probs: self.p_y[-1] = (self._probs/self._n_probs).cpu()
-    self._probs, self._validation_is_due = None, False
+    self._probs = None
+
+@patch
+def after_epoch(self:OverBalance): self._validation_is_due = False        # also where it was left out
 
 @patch(as_prop=True)
 def ratio(self:OverBalance) -> Tensor: # (epochs, k)

@@ -146,7 +146,7 @@ def plot_methods(
     (group, by_method), = groups.items()
     order = sorted(by_method, key=lambda m: by_method[m]['overall'][0])
     seeds = sorted({s['n'] for s in by_method.values()})
-    fig, ax = plt.subplots(figsize=(7, 1 + .21*len(order)), dpi=110)
+    fig, ax = plt.subplots(figsize=(7, 1.2 + .21*len(order)), dpi=110)
     colors = [*COLORS[6:], *COLORS]
     for i, score in enumerate(scores):
         means, errors = zip(*(by_method[m][score] for m in order))
@@ -156,6 +156,7 @@ def plot_methods(
         ax.errorbar(means, range(len(order)), xerr=errors, fmt=MARKERS[i], color=colors[i], ms=size, label=score)
     titles = [method_title(m) for m in order]
     styled_axis(ax, '', xlabel='accuracy in %', yticks=range(len(order)), yticklabels=titles)
+    ax.set_ylim(-.7, len(order) - .3)
     ax.grid(axis='y', lw=.4)
     ax.legend(frameon=False, fontsize=8, ncol=4, loc='lower left', bbox_to_anchor=(0, 1))
     n = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else seeds[0]

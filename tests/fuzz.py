@@ -88,13 +88,13 @@ def make_checkpoint(folder):
     opt.step()
     state = dict(run_id='{}', train_crc=1, step=7, seconds=1.5, model=net.state_dict(), opt=opt.state_dict(),
                  data=dict(position=3, gen=torch.get_rng_state()))
-    save_checkpoint(folder/'checkpoint.pt', state)
+    save_checkpoint(folder, state)
     return folder/'checkpoint.pt'
 
 
-def read_tensors(path):
-    from balms.weights import read_tensors
-    return read_tensors(path)
+def read_checkpoint(path):
+    from balms.checkpoint import read_checkpoint
+    return read_checkpoint(path.parent, '{}')
 
 
 def make_list(folder, name='a_train.txt'):
@@ -197,7 +197,7 @@ def read_annotations(path):
 KINDS = dict(
     weights=Kind(make_weights, read_weights), model=Kind(make_model, read_model),
     old_weights=Kind(lambda d: make_weights(d, _use_new_zipfile_serialization=False), read_weights, protected=False),
-    checkpoint=Kind(make_checkpoint, read_tensors), cache=Kind(make_cache, cached_arrays),
+    checkpoint=Kind(make_checkpoint, read_checkpoint), cache=Kind(make_cache, cached_arrays),
     list=Kind(make_list, read_list, protected=False),
     list_gz=Kind(lambda d: make_list(d, 'a_train.txt.gz'), read_list),
     row=Kind(make_row, read_row, protected=False), ledger=Kind(make_ledger, read_ledger, protected=False),

@@ -1,9 +1,10 @@
 "Detectors with the balanced loss: losses of Table 4, odd batches, fits that are interrupted, the Meta Reweighter"
-import copy, threading
+import copy, pickle, threading
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
@@ -124,12 +125,19 @@ def test_detections_come_one_batch_at_a_time(scenes):
 
 
 def test_export_takes_no_data_along(scenes, tmp_path):
-    learn = box_classifier_learner(learner(scenes, small_net(None, 10)), loss_of('bs'))
-    fit(learn, RoIReweighter())
+    learn = learner(scenes, small_net(None, 10))
     learn.path = tmp_path
     learn.export('d.pkl')
     again = load_learner(tmp_path/'d.pkl')
     assert len(again.dls.train_ds) == 0 and len(again.model.eval()([torch.rand(3, 64, 64)])[0]['boxes']) <= 300
+
+
+def test_a_reweighter_is_pickled_without_data(scenes):
+    learn = box_classifier_learner(learner(scenes, small_net(None, 10)), loss_of('bs'))
+    fit(learn, reweighter := RoIReweighter())
+    assert reweighter.meta is not None
+    again = pickle.loads(pickle.dumps(reweighter))
+    assert again.meta is None and again.meta_dl is None and torch.equal(again.psi.w, reweighter.psi.w)
 
 
 def test_a_refused_loss_changes_nothing(scenes):
