@@ -216,10 +216,11 @@ def missing_classes(images, k) -> list: # Of text
     return [f'{images.path}: no images of classes {list_classes(torch.from_numpy(none))}'] if none.any() else []
 
 def unknown_classes(images, train) -> list: # Of text
-    "Says which images of an `ImageList` have a class of which the list `train` has none."
-    known = set(train.targets.tolist())
-    return [f'{images.where(i)}: class {y}, of which training has no images'
-            for i, y in enumerate(images.targets.tolist()) if y not in known]
+    "Says which classes an `ImageList` has, of which the list `train` has none: a line each, with the first image."
+    classes, first, n = np.unique(images.targets, return_index=True, return_counts=True)
+    unknown = ~np.isin(classes, train.targets)
+    return [f'{images.where(i)}: class {y}, of which training has no images (lines like it: {m})'
+            for y, i, m in zip(classes[unknown], first[unknown], n[unknown])]
 
 def _overlap(lists):
     "Images that are in two lists"
