@@ -31,7 +31,7 @@ from .meta import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
 from .scale import Distributed, ending_together, start_ranks
-from .stage import Execution, fit_stage
+from .stage import Execution, fit_stage, own_folder
 from .tables import mean_se
 from .weights import read_tensors
 
@@ -220,7 +220,7 @@ def run_detection(
         if row: return row
         job = _DetectionJob(recipe, out, train, valid, train_crc, execution, progress, stop_at)
         row = _detection_row(job) | dict(valid_crc=valid_crc)
-        ranks.first(lambda: write_row(out/recipe.key, row))
+        with own_folder(out/recipe.key, ranks): ranks.first(lambda: write_row(out/recipe.key, row))
         return ranks.first(lambda: read_row(out/recipe.key))
 
 # %% ../nbs/14e_detection_runs.ipynb #f9e9a9ee
