@@ -18,7 +18,7 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from .decoupled import ScaledLinear, classifier_optimizer, trained
 from .detector import LossHeads, box_classifier
-from .meta import ClassRates, closed_form_credit, inner_step, mean_over_ranks, weight_gradient
+from .meta_gradient import ClassRates, closed_form_credit, inner_step, mean_over_ranks, weight_gradient
 from .metrics import COLORS, styled_axis
 from .samplers import CleansUp
 from .scale import Ranks
