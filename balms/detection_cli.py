@@ -48,9 +48,6 @@ def balms_lvis(
     seeds:int=1, # Number of runs a method, with seeds 0, 1, ...
     iters:int=None, # Training steps of stage 1 [the preset's]
     iters2:int=None, # Training steps of stage 2 [the preset's]
-    bs:int=None, # Images a step, over all processes [the preset's]
-    lr:float=None, # Learning rate of stage 1 [the preset's]
-    meta_bs:int=None, # Images of a meta batch of its own [the regions of the step before]
     min_images:float=None, # Count a class in fewer images, or missing in fewer, as if in so many [such are refused]
     precision:str='float32', # float32, bfloat16 or float16
     workers:int=0, # Processes that read photos
@@ -58,8 +55,7 @@ def balms_lvis(
     out:str='runs/detection', # Folder for models and rows
 ):
     "Train and compare methods on LVIS, or annotations in its form or COCO's. Exit status 2: bad input, 130: stopped."
-    settings = dict(preset=preset, iters=iters, iters2=iters2, bs=bs, lr=lr, meta_bs=meta_bs, min_images=min_images,
-                    precision=precision)
+    settings = dict(preset=preset, iters=iters, iters2=iters2, min_images=min_images, precision=precision)
     with exit_status('balms_lvis'):
         recipes = _detection_recipes(data, method or ['bs'], seeds, settings)
         _run_all(recipes, train, valid, images, out=out, device=device, workers=workers)
