@@ -49,8 +49,7 @@ def fit_temperature(
 # %% ../nbs/03a_after_training.ipynb #86c5e273
 def estimate_prior(
     probs:Tensor, # Probabilities of unlabelled test samples, (n, k)
-    # Class shares that they hold for, (k,), any positive numbers; default: uniform, as after Balanced Softmax
-    prior=None,
+    prior=None, # Class shares that they hold for, (k,); default: uniform, as after Balanced Softmax
     tol:float=1e-6, # Stop where the mean log-likelihood is at most so far from its maximum
     max_iter:int=100000, # Most steps of EM
 ) -> Tensor: # float64 (k,), sums to 1

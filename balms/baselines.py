@@ -320,10 +320,3 @@ class DeferredReweighting(Callback):
 
     def after_fit(self):
         if self.kept: self.kept[0].weight, self.kept = self.kept[1], None
-
-# %% ../nbs/10_baselines.ipynb #tmpshim1
-def __getattr__(name):                                       # TEMPORARY, until all import from the new modules
-    import balms.feature_losses, balms.sigmoid_baselines
-    for module in (balms.sigmoid_baselines, balms.feature_losses):
-        if hasattr(module, name) and not name.startswith('_'): return getattr(module, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -251,6 +251,6 @@ def adjust_logits(
 # %% ../nbs/00_core.ipynb #5a464828
 _all_ = ['BalancedSigmoid', 'log_odds_prior']                # of balms.sigmoid, which imports this module
 def __getattr__(name):
-    if name not in (*_all_, 'SigmoidLoss'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in _all_: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     import balms.sigmoid
     return getattr(balms.sigmoid, name)

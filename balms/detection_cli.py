@@ -41,16 +41,13 @@ def _run_all(recipes, train, valid, images, **kwargs):
 def balms_lvis(
     train:str, # Annotation file of the training images
     valid:str, # That of the images to measure AP on
-    images:Param('Folders of the photos', str, nargs='+', required=True)=None,
-    method:Param('Of softmax sigmoid focal class_balanced ldam lws eql bs balms', str, nargs='+')=('bs',),
+    images:Param('Folders of the photos', str, nargs='+', required=True)=None, # Folders of the photos
+    method:Param('Of softmax sigmoid focal class_balanced ldam lws eql bs balms [bs]', str, nargs='+')=None, # Methods
     data:str='lvis_v0.5', # What the data are called in rows and tables
     preset:str='paper', # paper, code or small
     seeds:int=1, # Number of runs a method, with seeds 0, 1, ...
     iters:int=None, # Training steps of stage 1 [the preset's]
     iters2:int=None, # Training steps of stage 2 [the preset's]
-    bs:int=None, # Images a step, over all processes [the preset's]
-    lr:float=None, # Learning rate of stage 1 [the preset's]
-    meta_bs:int=None, # Images of a meta batch of its own [the regions of the step before]
     min_images:float=None, # Count a class in fewer images, or missing in fewer, as if in so many [such are refused]
     precision:str='float32', # float32, bfloat16 or float16
     workers:int=0, # Processes that read photos
@@ -58,8 +55,7 @@ def balms_lvis(
     out:str='runs/detection', # Folder for models and rows
 ):
     "Train and compare methods on LVIS, or annotations in its form or COCO's. Exit status 2: bad input, 130: stopped."
-    settings = dict(preset=preset, iters=iters, iters2=iters2, bs=bs, lr=lr, meta_bs=meta_bs, min_images=min_images,
-                    precision=precision)
+    settings = dict(preset=preset, iters=iters, iters2=iters2, min_images=min_images, precision=precision)
     with exit_status('balms_lvis'):
-        recipes = _detection_recipes(data, method, seeds, settings)
+        recipes = _detection_recipes(data, method or ['bs'], seeds, settings)
         _run_all(recipes, train, valid, images, out=out, device=device, workers=workers)

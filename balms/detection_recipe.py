@@ -12,19 +12,17 @@ from fastcore.basics import patch
 from .recipe import BaseRecipe
 
 # %% ../nbs/14da_detection_recipe.ipynb #9610add3
-_mask_rcnn = dict(
-    model='resnet50', weights='IMAGENET1K_V1', width=256, norm='frozen', min_size=(640, 672, 704, 736, 768, 800),
-    max_size=1333, anchors=(32, 64, 128, 256, 512), rois=512, proposals=(2000, 1000),
-    iters=90_000, bs=8, opt='sgd', lr=.01, drops=(60_000, 80_000), warmup=1000, wd=1e-4,
-    iters2=22_000, lr2=.02, drops2=(11_000, 18_000), meta_lr=.001)
-SEG_PRESETS = dict(
-    paper=_mask_rcnn,
-    code=_mask_rcnn | dict(bs=16, lr=.02, meta_lr=.01),
-    small=dict(
-        model='resnet18', weights=None, width=32, norm='group', min_size=(96,), max_size=192,
-        anchors=(8, 16, 24, 32, 64), rois=64, proposals=(200, 100),
-        iters=300, bs=4, opt='adamw', lr=.002, drops=(200, 260), warmup=30, wd=.01,
-        iters2=60, lr2=.02, drops2=(40,), meta_lr=.01))
+_paper = ( # Network and sizes, stage 1, stage 2
+    dict(model='resnet50', weights='IMAGENET1K_V1', width=256, norm='frozen', max_size=1333, rois=512)
+    | dict(min_size=(640, 672, 704, 736, 768, 800), anchors=(32, 64, 128, 256, 512), proposals=(2000, 1000))
+    | dict(iters=90_000, bs=8, opt='sgd', lr=.01, drops=(60_000, 80_000), warmup=1000, wd=1e-4)
+    | dict(iters2=22_000, lr2=.02, drops2=(11_000, 18_000), meta_lr=.001))
+_small = (
+    dict(model='resnet18', weights=None, width=32, norm='group', max_size=192, rois=64)
+    | dict(min_size=(96,), anchors=(8, 16, 24, 32, 64), proposals=(200, 100))
+    | dict(iters=300, bs=4, opt='adamw', lr=.002, drops=(200, 260), warmup=30, wd=.01)
+    | dict(iters2=60, lr2=.02, drops2=(40,), meta_lr=.01))
+SEG_PRESETS = dict(paper=_paper, code=_paper | dict(bs=16, lr=.02, meta_lr=.01), small=_small)
 
 def step_drops(
     step:int, # 0, 1, ...
@@ -93,24 +91,16 @@ class DetectionRecipe(BaseRecipe):
         return SEG_METHODS
 
 # %% ../nbs/14da_detection_recipe.ipynb #58a3cde1
-_at_least = {
-    1: ('iters', 'bs', 'rois', 'width', 'max_size', 'iters2', 'meta_bs'),
-    0: ('lr', 'warmup', 'wd', 'lr2', 'meta_lr')}
-
 @patch
 def check(self:DetectionRecipe):
     "Raise `ValueError` for an invalid value"
     self.require('opt', ('sgd', 'adamw'))
     self.require('norm', ('frozen', 'batch', 'group'))
     self.require('precision', ('float32', 'bfloat16', 'float16'))
-    self.check_numbers({name: (low, math.inf) for low, names in _at_least.items() for name in names})
-    method = self.methods[self.method]
-    for name in unused_fields(method):
-        if getattr(self, name) is None: continue
-        lacks = 'learned weights' if name.startswith('meta') else 'second stage'
-        raise ValueError(f'{name}: the method {self.method!r} has no {lacks}')
-    if len(self.proposals) != 2:
-        raise ValueError(f'proposals are two numbers, in training and in evaluation, not {self.proposals}')
+    self.check_numbers(dict.fromkeys(('iters', 'bs', 'rois', 'width', 'iters2', 'meta_bs'), (1, math.inf)))
+    self.check_numbers(dict.fromkeys(('lr', 'warmup', 'wd', 'lr2', 'meta_lr'), (0, math.inf)))
+    idle = [name for name in unused_fields(self.methods[self.method]) if getattr(self, name) is not None]
+    if idle: raise ValueError(f'{", ".join(idle)}: the method {self.method!r} has no such stage, or no learned weights')
     for drops, iters in STEPS.items():
         last = getattr(self, iters)
         if any(d >= last for d in getattr(self, drops) or ()):

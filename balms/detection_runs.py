@@ -27,11 +27,11 @@ from .detector import SEG_METHODS, TABLE4, InstanceSeg, detect, mask_rcnn, sum_l
 from .annotations import Annotations, coco_to_lvis, read_annotations
 from .instance_ap import InstanceAP
 from .instance_data import InstanceDataset, digit_scenes, instance_dls
-from .meta import mean_over_ranks
+from .meta_gradient import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
 from .scale import Distributed, ending_together, start_ranks
-from .stage import Execution, fit_stage
+from .stage import Execution, fit_stage, own_folder
 from .tables import mean_se
 from .weights import read_tensors
 
@@ -49,18 +49,16 @@ def detection_network(
     total:int, # Training images in which something is annotated
 ) -> nn.Module: # A Mask R-CNN
     "The network of a recipe at its start. Raises `ValueError` for counts that have no odds"
-    method, (train, test) = SEG_METHODS[recipe.method], recipe.proposals
+    method, weights, (train, test) = SEG_METHODS[recipe.method], recipe.weights, recipe.proposals
     try: loss = method.loss(counts, total)
-    except ValueError as e:
-        raise ValueError(f'{e}. A recipe with min_images=0.5 counts such classes as if half an image had them, '
-                         'or had them not') from e
+    except ValueError as e: raise ValueError(f'{e}. min_images=0.5 counts such classes as if in half an image') from e
     torch.manual_seed(recipe.seed)
-    return mask_rcnn(
-        len(counts), loss, backbone=recipe.model, weights_backbone=None if recipe.weights == 'none' else recipe.weights,
-        norm_layer=_norm_layer(recipe), width=recipe.width, min_size=recipe.min_size, max_size=recipe.max_size,
-        anchors=recipe.anchors, background=method.background, head=method.head, box_batch_size_per_image=recipe.rois,
-        rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train,
-        rpn_pre_nms_top_n_test=test, rpn_post_nms_top_n_test=test)
+    body = dict(backbone=recipe.model, weights_backbone=None if weights == 'none' else weights, width=recipe.width)
+    sizes = dict(min_size=recipe.min_size, max_size=recipe.max_size, anchors=recipe.anchors)
+    head = dict(background=method.background, head=method.head, box_batch_size_per_image=recipe.rois)
+    proposals = dict(rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train)
+    proposals |= dict(rpn_pre_nms_top_n_test=test, rpn_post_nms_top_n_test=test)
+    return mask_rcnn(len(counts), loss, norm_layer=_norm_layer(recipe), **body, **sizes, **head, **proposals)
 
 # %% ../nbs/14e_detection_runs.ipynb #5d0f0002
 def image_counts(
@@ -87,8 +85,8 @@ class _DetectionJob:
 
     def loaders(self, bs, seed, valid=None, what='bs'):
         execution, ranks = self.execution, self.execution.ranks
-        return instance_dls(self.train, valid, bs=ranks.share(bs, what), num_workers=execution.workers or 0, seed=seed,
-                            device=execution.device, rank=ranks.rank, world_size=ranks.world)
+        how = dict(device=execution.device, num_workers=execution.workers, rank=ranks.rank, world_size=ranks.world)
+        return instance_dls(self.train, valid, bs=ranks.share(bs, what), seed=seed, **how)
     def weigh(self, learn, method):
         "Give the heads the fixed weights of a method, if it has some"
         if not method.weights: return
@@ -115,8 +113,8 @@ def _fit_in_folder(job, learn, recipe, iters, lr_at, cbs, stop_at):
         torch.manual_seed(mixed_seed(recipe.seed, ranks.rank))       # regions and sizes of its own for each
         cbs = [*cbs, Distributed()]
     metadata = dict(classes=job.train.names, recipe=recipe.to_row())
-    return fit_stage(learn, recipe, job.out/recipe.key, iters, lr_at, job.train_crc, job.execution, cbs,
-                     metadata=metadata, progress=job.progress, stop_at=stop_at)
+    options = dict(metadata=metadata, progress=job.progress, stop_at=stop_at)
+    return fit_stage(learn, recipe, job.out/recipe.key, iters, lr_at, job.train_crc, job.execution, cbs, **options)
 
 def _fit_detector(job):
     "The trained `Learner` of stage 1, and what its file says"
@@ -173,9 +171,8 @@ def _detection_row(job):
     row['seconds'] = round(sum(part['seconds'] for part in parts), 2)
     if saved['r']: row['r'] = [round(x, 5) for x in saved['r']]
     row.update(image_counts=job.train.image_counts.tolist(), groups=''.join(job.train.groups), images=len(job.train))
-    environments = join_environments(*(e for part in parts for e in part['environments']),
-                                     execution.environment(recipe.precision))
-    return dict(row, valid=job.valid.path.name, train_crc=job.train_crc, environments=environments)
+    ways = [way for part in parts for way in part['environments']] + [execution.environment(recipe.precision)]
+    return dict(row, valid=job.valid.path.name, train_crc=job.train_crc, environments=join_environments(*ways))
 
 # %% ../nbs/14e_detection_runs.ipynb #08543d81
 def _annotations(given, images):
@@ -189,8 +186,7 @@ def _finished_detection(folder, train_crc, valid_crc):
     row = read_row(folder)
     for name, crc in dict(train_crc=train_crc, valid_crc=valid_crc).items():
         if row and row[name] != crc:
-            raise ValueError(f'{folder} was measured with another content of the annotation files ({name}): '
-                             'use another output folder, or load_detector')
+            raise ValueError(f'{folder} is of other annotation files than these ({name}): use another output folder')
     return row
 
 def _check_heads(method, stage1):
@@ -224,7 +220,7 @@ def run_detection(
         if row: return row
         job = _DetectionJob(recipe, out, train, valid, train_crc, execution, progress, stop_at)
         row = _detection_row(job) | dict(valid_crc=valid_crc)
-        ranks.first(lambda: write_row(out/recipe.key, row))
+        with own_folder(out/recipe.key, ranks): ranks.first(lambda: write_row(out/recipe.key, row))
         return ranks.first(lambda: read_row(out/recipe.key))
 
 # %% ../nbs/14e_detection_runs.ipynb #f9e9a9ee
@@ -311,9 +307,8 @@ class DetectionStudy:
         return coco_to_lvis(train, tmp/'photos_train.json'), coco_to_lvis(valid, tmp/'photos_val.json', train=train)
 
 # %% ../nbs/14e_detection_runs.ipynb #81093ceb
-_photo_settings = dict(
-    preset='small', width=64, min_size=(160,), max_size=320, anchors=(8, 16, 32, 64, 128), iters=4000, lr=.001,
-    drops=(2800, 3600), iters2=300, drops2=(200,), min_images=.5)
+_photo_settings = dict(preset='small', width=64, min_size=(160,), max_size=320, anchors=(8, 16, 32, 64, 128))
+_photo_settings |= dict(iters=4000, lr=.001, drops=(2800, 3600), iters2=300, drops2=(200,), min_images=.5)
 
 @patch
 def recipe(self:DetectionStudy, method, seed=0) -> DetectionRecipe:

@@ -40,7 +40,6 @@ class ClassPredictor(FastRCNNPredictor):
         head:type=nn.Linear, # Class of the classifier, of (features, outputs)
     ):
         super().__init__(in_channels, num_classes + 1)
-        if not 0 < prior < 1: raise ValueError(f'prior must be between 0 and 1, not {prior}')
         self.background, self.kept = background, None
         self.cls_score = head(in_channels, num_classes + background)
         nn.init.normal_(self.cls_score.weight, std=.01)
@@ -67,9 +66,8 @@ class LossHeads(RoIHeads):
         loss_func:nn.Module, # Of logits and class indices, `reduction='none'`; its `activation` gives the scores
     ):
         "Train the box classifier with `loss_func`. Raises `TypeError` or `ValueError` for one that does not fit it"
-        check_loss(loss_func, self.box_predictor)
-        device = self.box_predictor.cls_score.weight.device
-        self._loss = loss_func.to(device),           # in a tuple: its buffers are no part of the weights
+        check_loss(loss_func, self.box_predictor.background)
+        self._loss = loss_func.to(self.box_predictor.cls_score.weight.device),         # a tuple: no part of the weights
     def _apply(self, fn, recurse=True):
         if self._loss: self.loss_func._apply(fn)
         return super()._apply(fn, recurse)
@@ -80,35 +78,26 @@ class LossHeads(RoIHeads):
         self._labels = torch.cat(chosen[2])
         return chosen
 
-    def class_loss(self,
-        logits:Tensor, # Of regions (N, k), or (N, k + 1) with background first
-        labels:Tensor, # (N,), 0 for background, else 1..k, as torchvision has them
-    ) -> Tensor: # The classification loss
+    def class_loss(self, logits, labels) -> Tensor: # Labels are 0 for background, else 1..k, as torchvision has them
         "Mean over all regions of their weighted losses, a number in float32"
-        k = logits.shape[1]
-        if self.box_predictor.background: rows = self.loss_func(logits.float(), labels)
-        else: rows = self.loss_func(logits.float(), (labels - 1) % (k + 1))      # our losses have background last
+        last = (labels - 1) % (logits.shape[1] + 1)                  # our sigmoid losses have background last
+        rows = self.loss_func(logits.float(), labels if self.box_predictor.background else last)
         if self.row_weights is not None: rows = rows*self.row_weights(labels)
         return rows.sum()/len(rows)
 
 # %% ../nbs/14c_detector.ipynb #5d0c0002
 def check_loss(
     loss_func:nn.Module, # A classification loss
-    predictor:ClassPredictor, # Of the logits that it will be given
+    background:bool, # Whether it will be given a background logit
 ):
-    "Raise `TypeError` or `ValueError` for a loss that does not fit the box predictor"
-    name, k = type(loss_func).__name__, predictor.cls_score.out_features
-    if not isinstance(loss_func, nn.Module) or not hasattr(loss_func, 'activation'):
-        raise TypeError(f'{name}: the heads need a module with `activation`, which gives the scores of logits, '
-                        'such as the losses of this package')
+    "Raise `TypeError` or `ValueError` for a loss that the heads cannot use"
+    name = type(loss_func).__name__
+    if not hasattr(loss_func, 'activation'): raise TypeError(f'{name} has no `activation`, which gives the scores')
     if getattr(loss_func, 'reduction', 'none') != 'none':
         raise ValueError(f"{name} must have reduction='none': the heads need one number a region")
-    if isinstance(loss_func, ClassificationLoss) and isinstance(loss_func, SigmoidLoss) == predictor.background:
-        needed = 'without a' if predictor.background else 'with a'
+    if isinstance(loss_func, ClassificationLoss) and isinstance(loss_func, SigmoidLoss) == background:
+        needed = 'without a' if background else 'with a'
         raise ValueError(f'{name} needs a classifier {needed} background logit: use_loss makes one')
-    shift = getattr(loss_func, 'shift', None)
-    if shift is not None and len(shift) != k:
-        raise ValueError(f'{name} is for {len(shift)} classes, the classifier has {k} outputs')
 
 # %% ../nbs/14c_detector.ipynb #854f7608
 def _in_float32(forward, features, *args):
@@ -144,12 +133,8 @@ def postprocess_detections(self:LossHeads, class_logits, box_regression, proposa
     return tuple(map(list, zip(*best)))
 
 @patch
-def best_detections(self:LossHeads,
-    boxes:Tensor, # Of the regions, by class (N, k, 4)
-    scores:Tensor, # (N, k)
-    shape:tuple, # Of the image (height, width)
-) -> tuple: # Boxes (n, 4), scores (n,), labels 1..k (n,)
-    "The detections of one image, as torchvision selects them"
+def best_detections(self:LossHeads, boxes, scores, shape) -> tuple: # Boxes (n, 4), scores (n,), labels 1..k (n,)
+    "The detections of one image, from boxes (N, k, 4) and scores (N, k), as torchvision selects them"
     row, column = (scores > self.score_thresh).nonzero(as_tuple=True)
     boxes, scores, labels = box_ops.clip_boxes_to_image(boxes[row, column], shape), scores[row, column], column + 1
     keep = box_ops.remove_small_boxes(boxes, 1e-2)
@@ -169,8 +154,7 @@ def use_loss(
     "Let the box head of a detector of torchvision classify with `loss_func`. Raises `TypeError` where there is none"
     heads = getattr(model, 'roi_heads', None)
     if not isinstance(heads, RoIHeads):
-        raise TypeError(f'{type(model).__name__} has no RoIHeads: this is for Faster and Mask R-CNN of torchvision. '
-                        'For dense heads see the page on other detectors')
+        raise TypeError(f'{type(model).__name__} has no RoIHeads: use_loss is for Faster and Mask R-CNN of torchvision')
     loss_func = loss_func or SigmoidFocalLoss(gamma=0., alpha=None, reduction='none')
     background = not isinstance(loss_func, SigmoidLoss) if background is None else background
     old = heads.box_predictor.bbox_pred
@@ -179,9 +163,8 @@ def use_loss(
     if new.weight.shape == old.weight.shape: new.load_state_dict(old.state_dict())
     masks = heads.mask_predictor
     if masks is not None and masks.mask_fcn_logits.out_channels != num_classes + 1:
-        conv = masks.conv5_mask
-        new = MaskRCNNPredictor(conv.in_channels, conv.out_channels, num_classes + 1)
-        heads.mask_predictor = new.to(old.weight.device)
+        channels = masks.conv5_mask.in_channels, masks.conv5_mask.out_channels
+        heads.mask_predictor = MaskRCNNPredictor(*channels, num_classes + 1).to(old.weight.device)
     heads.__class__, model.rpn.__class__ = LossHeads, FloatRPN
     heads.set_loss(loss_func)
     return model
@@ -191,7 +174,6 @@ def _backbone(name, weights, norm_layer, trainable_layers, width):
     "A ResNet of torchvision with a feature pyramid, frozen but for its last layers"
     if not name.startswith(('resnet', 'resnext', 'wide_resnet')):
         raise ValueError(f'backbone must be a ResNet of torchvision, not {name!r}')
-    if not 0 <= trainable_layers <= 5: raise ValueError(f'trainable_layers must be 0 to 5, not {trainable_layers}')
     body = models.get_model(name, weights=weights, norm_layer=norm_layer)
     names = 'layer4', 'layer3', 'layer2', 'layer1', 'conv1', 'bn1'
     trained = names if trainable_layers == 5 else names[:trainable_layers]
@@ -239,10 +221,10 @@ class SegMethod:
     background: bool = False # A softmax, with a logit for background
     head: type = nn.Linear # Class of the box classifier
 
-def _plain_sigmoid(n, total): return SigmoidFocalLoss(n, gamma=0., alpha=None, reduction='none')
-def _plain_softmax(n, total): return FocalLoss(gamma=0., reduction='none')
-def _balanced(n, total): return BalancedSigmoid(n, total=total, reduction='none')
-def _inverse_effective(n): return class_weights(effective_number(n))
+_plain_sigmoid = lambda n, total: SigmoidFocalLoss(n, gamma=0., alpha=None, reduction='none')
+_plain_softmax = lambda n, total: FocalLoss(gamma=0., reduction='none')
+_balanced = lambda n, total: BalancedSigmoid(n, total=total, reduction='none')
+_inverse_effective = lambda n: class_weights(effective_number(n))
 def _ldam(n, total):
     loss = LDAM(torch.cat([n.sum()[None], n]), reduction='none')
     loss.margin[0] = 0.                                              # background has none

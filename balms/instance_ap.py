@@ -15,6 +15,8 @@ from .annotation_rules import coco_library
 from .annotations import Annotations
 
 # %% ../nbs/14b_instance_ap.ipynb #64691856
+_OUTPUTS = 'boxes', 'labels', 'scores', 'masks'
+
 def _check_labels(labels, anns, image_id):
     if len(labels) and not 1 <= labels.min() <= labels.max() <= anns.c:
         raise ValueError(f'Image {image_id}: labels {labels.min()}..{labels.max()}, but classes are 1..{anns.c}')
@@ -36,7 +38,7 @@ def detections(
     ids, rows = _ids(image_ids), []
     if len(ids) != len(outputs): raise ValueError(f'{len(outputs)} outputs for {len(ids)} images')
     for image_id, o in zip(ids, outputs):
-        boxes, labels, scores = (o[k].detach().cpu() for k in ('boxes', 'labels', 'scores'))
+        boxes, labels, scores = (o[k].detach().cpu() for k in _OUTPUTS[:3])
         _check_labels(labels, anns, image_id)
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
         own = [dict(image_id=image_id, category_id=anns.cat_ids[label - 1], bbox=box, score=score)
@@ -54,17 +56,16 @@ class InstanceAP:
         max_dets:int=300, # Detections an image, the best over all classes
         kinds=('segm', 'bbox'), # Masks, boxes, or both
     ):
-        if set(kinds) - {'segm', 'bbox'}: raise ValueError(f"kinds are 'segm' and 'bbox', not {kinds!r}")
+        if not {'segm', 'bbox'}.issuperset(kinds): raise ValueError(f"kinds are 'segm' and 'bbox', not {kinds!r}")
         self.anns, self.max_dets, self.kinds = anns, max_dets, tuple(kinds)
         self.place = {int(n): i for i, n in enumerate(anns.image_ids)}
         self.reset()
     def reset(self): self.results, self.seen = [], set()
     def asked(self, image_id:int) -> Tensor:
         "Labels in P or N of an image: the classes of which something is known there."
-        i = self.place[image_id]
-        rows = self.anns.rows(i)
-        annotated = self.anns.labels[rows[self.anns.counted[rows]]]
-        return torch.cat([annotated, torch.tensor(self.anns.neg(i), dtype=torch.long)])
+        a, i = self.anns, self.place[image_id]
+        annotated = a.labels[a.rows(i)][a.counted[a.rows(i)]]
+        return torch.cat([annotated, torch.tensor(a.neg(i), dtype=torch.long)])
     def add(self,
         outputs, # As `detections` takes them
         image_ids, # Ids of these images, or their targets
@@ -81,8 +82,7 @@ class InstanceAP:
             _check_labels(o['labels'], self.anns, i)
             best = o['scores'].argsort(descending=True, stable=True)[:self.max_dets]
             best = best[torch.isin(o['labels'][best].cpu(), self.asked(i)).to(best.device)]
-            kept = {k: o[k][best] for k in ('boxes', 'labels', 'scores', 'masks') if k in o}
-            self.results += detections([kept], [i], self.anns)
+            self.results += detections([{k: v[best] for k, v in o.items() if k in _OUTPUTS}], [i], self.anns)
         self.seen.update(ids)
 
 # %% ../nbs/14b_instance_ap.ipynb #f9bd2224
@@ -120,12 +120,13 @@ def _evaluate(self:InstanceAP, truth, kind, chunk):
         parts.append(evaluator.eval)
     evaluator.params.catIds = self.anns.cat_ids
     evaluator.freq_groups = evaluator._prepare_freq_group()
-    precision = np.concatenate([np.asarray(p['precision']) for p in parts], 2)     # (thresholds, recalls, k, areas, 1)
+    precision = np.concatenate([np.asarray(p['precision']) for p in parts], 2)    # (thresholds, recalls, k, areas, 1)
     recall = np.concatenate([np.asarray(p['recall']) for p in parts], 1)           # (thresholds, k, areas, 1)
     evaluator.eval = dict(precision=precision, recall=recall)
     evaluator.summarize()
     return evaluator
 
+# %% ../nbs/14b_instance_ap.ipynb #988ce192
 _SCORES = dict(AP='AP_all', AP50='AP_50', AP75='AP_75', APs='AP_small', APm='AP_medium', APl='AP_large',
                APr='APr', APc='APc', APf='APf')
 
@@ -143,5 +144,5 @@ def compute(self:InstanceAP,
             score = evaluator.stats_as_dict[theirs]
             scores[name.replace('AP', 'AP' if kind == 'segm' else 'APb')] = nan if score == -1 else score
         precision = torch.from_numpy(evaluator.eval['precision'][:, :, :, 0, -1]).mean((0, 1))
-        self.per_class[kind] = torch.where(precision < 0, nan, precision)     # -1 where a class has no instance
+        self.per_class[kind] = torch.where(precision < 0, nan, precision)
     return scores

@@ -17,6 +17,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import RandomResizedCrop
 from fastai.data.core import TfmdDL, DataLoaders
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize, Transform
@@ -58,6 +59,15 @@ class ImageListDataset(Dataset):
     def new_empty(self): return self.subset([])
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
 
+# %% ../nbs/04d_list_loader.ipynb #d1ad0007
+def _decode(data, orient, name):
+    "The image in the bytes of a file, uint8 (3, h, w). Raises a `ValueError` with `name`."
+    if data[:3] == b'\xff\xd8\xff':                                        # JPEG
+        file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try: return decode_image(file, ImageReadMode.RGB, apply_exif_orientation=orient)
+        except RuntimeError: pass
+    return torch.from_numpy(np.array(read_image(data, orient, name=name))).permute(2, 0, 1)
+
 # %% ../nbs/04d_list_loader.ipynb #30091e14
 @patch
 def read(self:ImageListDataset, i:int) -> bytes:
@@ -68,8 +78,7 @@ def read(self:ImageListDataset, i:int) -> bytes:
 @patch
 def image(self:ImageListDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
-    im = read_image(self.read(i), self.orient, name=self.where(i))
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+    return _decode(self.read(i), self.orient, self.where(i))
 
 @patch
 def __getitem__(self:ImageListDataset, i:int) -> tuple: # (image, label)
@@ -107,6 +116,7 @@ def _drop_missing(images, root):
     files, lines = ([o[i] for i in keep] for o in (images.files, images.lines))
     return ImageList(images.path, files, images.targets[keep], lines), skipped
 
+# %% ../nbs/04d_list_loader.ipynb #2d53afb0
 def load_lists(
     root, # Folder of the images
     lists=None, # Folder of the list files, or {split: file}; default: `root`

@@ -40,9 +40,7 @@ class ImageList:
     targets:np.ndarray # int64 labels, (n,)
     lines:list # Line numbers from 1, (n,)
     def __len__(self): return len(self.files)
-    def __repr__(self):
-        labels = f', labels {self.targets.min()}..{self.targets.max()}' if len(self) else ''
-        return f'ImageList: {self.path.name}, {len(self):,} images{labels}'
+    def __repr__(self): return f'ImageList: {self.path.name}, {len(self):,} images'
     def where(self, i): return f'{self.path}:{self.lines[i]}'
 
 def parse_list(
@@ -114,6 +112,7 @@ LIST_FACTS = dict(
     inaturalist18=ListFacts('iNaturalist18', 8142, 437_513, 24_426),
 )
 
+# %% ../nbs/04c_lists.ipynb #a3b69d97
 def count_shots(counts) -> tuple:
     "Classes with many, medium and few of `counts` images (k,), by `balms.metrics.shot_masks`."
     from balms.metrics import shot_masks
@@ -179,7 +178,8 @@ def sample_tree(
     seed:int=0, # Of the sizes
 ) -> Path: # `root`, with images and digits_train.txt, digits_val.txt, digits_test.txt
     "A small long-tailed data set in the form of ImageNet-LT: scikit-learn's digits as JPEG files, and lists of them."
-    from balms.data import load_digits, long_tail
+    from balms.datasets import load_digits
+    from balms.long_tail import long_tail
     root, rng = Path(root), np.random.default_rng(seed)
     digits, test = load_digits()
     def part(ds, which):
@@ -207,6 +207,7 @@ class ListReport:
         if n: result = f'{n:,} problem{"s" if n > 1 else ""}:\n{summarize_problems(self.problems)}'
         return '\n'.join([*self.lines, result])
 
+# %% ../nbs/04c_lists.ipynb #33d8971c
 def missing_classes(images, k) -> list: # Of text
     "Says which of the classes 0..k-1 an `ImageList` has no image of."
     import torch
@@ -215,10 +216,11 @@ def missing_classes(images, k) -> list: # Of text
     return [f'{images.path}: no images of classes {list_classes(torch.from_numpy(none))}'] if none.any() else []
 
 def unknown_classes(images, train) -> list: # Of text
-    "Says which images of an `ImageList` have a class of which the list `train` has none."
-    known = set(train.targets.tolist())
-    return [f'{images.where(i)}: class {y}, of which training has no images'
-            for i, y in enumerate(images.targets.tolist()) if y not in known]
+    "Says which classes an `ImageList` has, of which the list `train` has none: a line each, with the first image."
+    classes, first, n = np.unique(images.targets, return_index=True, return_counts=True)
+    unknown = ~np.isin(classes, train.targets)
+    return [f'{images.where(i)}: class {y}, of which training has no images (lines like it: {m})'
+            for y, i, m in zip(classes[unknown], first[unknown], n[unknown])]
 
 def _overlap(lists):
     "Images that are in two lists"
@@ -249,15 +251,7 @@ def _check_images(root, lists, decode, num_workers, progress):
             found = progress_bar(found, total=len(images))
         return [f'{where}: {problem}' for (where, _), problem in zip(images, found) if problem]
 
-def _describe(split, images):
-    "A line for the report: how large a list is, and its classes"
-    n = np.array(sorted(Counter(images.targets.tolist()).values()))
-    line = f'{split}: {len(images):,} images, {len(n):,} classes of {n.max():,}..{n.min():,}'
-    if split == 'train':
-        line += f', imbalance {n.max()/n.min():g}, many/medium/few ' + '/'.join(map(str, count_shots(n)))
-    return f'{line} ({images.path.name})'
-
-# %% ../nbs/04c_lists.ipynb #8dcac3cb
+# %% ../nbs/04c_lists.ipynb #8dcac3cd
 def _read_all(paths, k):
     "({split: `ImageList`} of the lists that can be read, what is wrong with their lines)"
     lists, problems = {}, []
@@ -268,6 +262,15 @@ def _read_all(paths, k):
         problems += found
     return lists, problems
 
+def _describe(split, images):
+    "A line for the report: how large a list is, and its classes"
+    n = np.array(sorted(Counter(images.targets.tolist()).values()))
+    line = f'{split}: {len(images):,} images, {len(n):,} classes of {n.max():,}..{n.min():,}'
+    if split == 'train':
+        line += f', imbalance {n.max()/n.min():g}, many/medium/few ' + '/'.join(map(str, count_shots(n)))
+    return f'{line} ({images.path.name})'
+
+# %% ../nbs/04c_lists.ipynb #8dcac3cb
 def check_lists(
     name:str, # A published data set of `LIST_FACTS`, or None: your own, of which no counts are known
     root=None, # Folder of the images; None: look at the lists only

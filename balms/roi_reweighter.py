@@ -18,7 +18,7 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from .decoupled import ScaledLinear, classifier_optimizer, trained
 from .detector import LossHeads, box_classifier
-from .meta import ClassRates, closed_form_credit, inner_step, mean_over_ranks, weight_gradient
+from .meta_gradient import ClassRates, closed_form_credit, inner_step, mean_over_ranks, weight_gradient
 from .metrics import COLORS, styled_axis
 from .samplers import CleansUp
 from .scale import Ranks
@@ -160,16 +160,14 @@ def before_train(self:RoIReweighter):
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), **self.adam)
         self.trained_on, self.meta, self.history, self.n_steps = now, None, [], 0
     if self.pending: self.load_state_dict(self.pending)
-    if hasattr(self.learn, 'lr_finder') and not self.trying: self.trying = deepcopy(self.state_dict())
+    if hasattr(self.learn, 'lr_finder') and not self.trying: self.trying = self.state_dict()
     net.roi_heads.row_weights, net.roi_heads.watch = self.weights, self._keep
 
 # %% ../nbs/14d_roi_reweighter.ipynb #63372a5a
 def _endless(dl):
     "The batches of a loader, again and again"
-    while True:
-        n = 0
-        for n, batch in enumerate(dl, 1): yield batch
-        if not n: raise ValueError('meta_dl has no batches')
+    if not len(dl): raise ValueError('meta_dl has no batches')
+    while True: yield from dl
 
 @patch
 def meta_regions(self:RoIReweighter):
@@ -194,10 +192,10 @@ def after_backward(self:RoIReweighter):
     if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
     meta, params = self.meta_regions(), list(box_classifier(self.model).parameters())
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
-        wide = lambda t: t.to(params[0].dtype)
+        rows = features, logits.grad/scale, self.weights(labels), meta[0]
+        f, dz, a, fm = (t.to(params[0].dtype) for t in rows)         # in half precision features are
         step, grads = partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params]
-        g = reweighting_gradient(params, wide(features), wide(logits.grad/scale), labels, wide(self.weights(labels)),
-                                 wide(meta[0]), meta[1], step, grads, mean_over_ranks)
+        g = reweighting_gradient(params, f, dz, labels, a, fm, meta[1], step, grads, mean_over_ranks)
         if g.isfinite().all():                                       # not in a step that overflowed in half precision
             self.psi.w.grad = g.to(self.psi.w.dtype)*(1 - self.psi.r)
             self.psi_opt.step()
@@ -208,25 +206,22 @@ def after_backward(self:RoIReweighter):
 def state_dict(self:RoIReweighter) -> dict:
     "The weights, Adam's state, the meta regions to come, and the history. On several ranks all must call it"
     if self.psi is None: raise ValueError('RoIReweighter has no state before its first fit')
-    own = dict(meta=None if self.meta is None else [t.cpu() for t in self.meta],
-               dl=self.meta_dl.state_dict() if hasattr(self.meta_dl, 'state_dict') else None)
-    return dict(w=self.psi.w.detach().clone(), adam=self.psi_opt.state_dict(), each=Ranks().gather(own),
-                n_steps=self.n_steps, history=list(self.history))
+    loader = self.meta_dl.state_dict() if hasattr(self.meta_dl, 'state_dict') else None
+    own = Ranks().gather((self.meta and [t.cpu() for t in self.meta], loader))
+    state = dict(psi=self.psi.state_dict(), adam=self.psi_opt.state_dict(), own=own)
+    return deepcopy(state | dict(n_steps=self.n_steps, history=self.history))
 
 @patch
 def load_state_dict(self:RoIReweighter, s:dict):
     "Go on from a `state_dict`: at once, or when the first fit begins"
     self.pending = s if self.psi is None else None
     if self.psi is None: return
-    if len(s['w']) != len(self.psi.w):
-        raise ValueError(f"The saved weights are of {len(s['w'])} classes, the box classifier has {len(self.psi.w)}")
-    with torch.no_grad(): self.psi.w.copy_(s['w'])
+    self.psi.load_state_dict(s['psi'])
     self.psi_opt.load_state_dict(s['adam'])
-    own = s['each'][Ranks().rank]
-    self.meta = None if own['meta'] is None else tuple(t.to(self.psi.w.device) for t in own['meta'])
-    if own['dl'] is not None:
-        self.meta_dl.load_state_dict(own['dl'])
-        self.batches = None
+    meta, loader = s['own'][Ranks().rank]
+    self.meta = meta and tuple(t.to(self.psi.w.device) for t in meta)
+    if loader: self.meta_dl.load_state_dict(loader)
+    self.batches = None
     self.n_steps, self.history = s['n_steps'], list(s['history'])
 
 # %% ../nbs/14d_roi_reweighter.ipynb #5d0d0013
@@ -237,7 +232,6 @@ def plot(self:RoIReweighter,
     title:str='Learned r_c by class', # Of the axis
 ):
     "r_c of each class from common to rare, at the start and at the end"
-    if self.psi is None: raise ValueError('RoIReweighter has learned nothing before its first fit')
     order = torch.as_tensor(counts).argsort(descending=True, stable=True)
     ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel='r')
     points = [*self.history[:1], (self.n_steps, self.psi.r.cpu())]

@@ -53,8 +53,8 @@ def precision_note(
         notes.add(f'float32, with TF32 in {tf32}' if with_tf32 else precision)
     return '' if notes <= {'float32'} else ' and '.join(sorted(notes))
 
-# %% ../nbs/12b_rows.ipynb #f68fcdb1
-def _parse(data, place):
+# %% ../nbs/12b_rows.ipynb #0606a180
+def _parse_row(data, place):
     "The row in `data`; `place` is named where there is none"
     try: row = json.loads(data)
     except ValueError as e: raise ValueError(f'{place} is damaged, or not a row: {e}') from None
@@ -74,7 +74,7 @@ def read_row(
 ) -> dict: # None if the run is not finished
     "The row of a run. Raises `ValueError` that names a damaged file."
     path = Path(folder)/'row.json'
-    return _parse(path.read_bytes(), path) if path.exists() else None
+    return _parse_row(path.read_bytes(), path) if path.exists() else None
 
 def read_rows(
     path, # Output folder of runs, or a ledger: a `.jsonl` file
@@ -83,9 +83,9 @@ def read_rows(
     path = Path(path).expanduser()
     if path.is_dir(): return [read_row(f.parent) for f in sorted(path.glob('*/row.json'))]
     lines = enumerate(path.read_bytes().split(b'\n'), 1)
-    return [_parse(line, f'{path}, line {i}') for i, line in lines if line.strip()]
+    return [_parse_row(line, f'{path}, line {i}') for i, line in lines if line.strip()]
 
-# %% ../nbs/12b_rows.ipynb #dc270e1d
+# %% ../nbs/12b_rows.ipynb #c3e2c549
 def require_fields(
     rows:list, # Rows
     *names, # Fields
@@ -94,7 +94,7 @@ def require_fields(
     for r in rows:
         if lacks := [k for k in names if k not in r]: raise ValueError(f'The row {r["key"]} has no {", ".join(lacks)}')
 
-# %% ../nbs/12b_rows.ipynb #e5e37fe4
+# %% ../nbs/12b_rows.ipynb #3cc96d44
 def select_rows(
     rows:list, # Rows
     changed:bool=False, # Also those that changed something of their preset
@@ -106,7 +106,7 @@ def select_rows(
     rows = [r for r in rows if changed or not r['changed']]
     return [r for r in rows if all(fits(r, name, value) for name, value in where.items())]
 
-# %% ../nbs/12b_rows.ipynb #c1b1a7e8
+# %% ../nbs/12b_rows.ipynb #22bf114b
 def collect_rows(
     out, # Output folder of runs
     file, # A ledger, made if it is not there

@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .rows import read_row, write_row
 from .samplers import ClassSampler, SampledDL
 from .scale import Distributed, FrozenPieces, check_pieces, ending_together, start_ranks
-from .stage import Execution, fit_stage, warmup_cosine
+from .stage import Execution, fit_stage, own_folder, warmup_cosine
 from .weights import save_model
 
 # %% ../nbs/12d_runs.ipynb #d0a1000b
@@ -193,7 +193,8 @@ def _run(job):
     if method.rebuild: _rebuild(learn, method, recipe, ranks)
     if recipe != recipe.stage1 and not method.two_stages:             # nothing was trained: a model all the same
         model = dict(_metadata(learn.dls.valid, recipe, job.train, job.counts), seconds=0., environments=environments)
-        ranks.first(lambda: folder.mkdir(exist_ok=True) or save_model(folder/'model.safetensors', learn.model, **model))
+        save = partial(save_model, folder/'model.safetensors', learn.model, **model)
+        with own_folder(folder, ranks): ranks.first(save)
     logits, targs = _test_logits(learn, ranks)
     if method.adjust: logits = method.adjust(logits, job.counts)
     row = dict(key=recipe.key, recipe=recipe.to_row(), changed=recipe.changed)
@@ -258,5 +259,5 @@ def run(
         found = ranks.first(lambda: _finished_row(out/recipe.key, job.crc))
         if found: return found
         row = _run(job)
-        ranks.first(lambda: write_row(out/recipe.key, row))
+        with own_folder(out/recipe.key, ranks): ranks.first(lambda: write_row(out/recipe.key, row))
         return row

@@ -115,8 +115,7 @@ def fit_linear(
 def loss_error(
     input:Tensor, # Logits (N, k)
     target:Tensor, # Labels (N,)
-    # Threshold on the cross-entropy, 0 or more; log 2 is the largest for which err(t) bounds the 0-1 error
-    t:float=math.log(2),
+    t:float=math.log(2), # Threshold on the cross-entropy, 0 or more; up to log 2 err(t) bounds the 0-1 error
 ) -> Tensor: # A number
     "err(t), the share of samples with a cross-entropy above `t` (Ren et al. 2020, Eq. 6)."
     if not t >= 0: raise ValueError(f't must be 0 or more, got {t}')

@@ -1,11 +1,12 @@
-"""The Meta Sampler against the plain classifier step and against the paper's text taken word by word: ratios measured in one process.
+"""The Meta Sampler against the plain classifier step and against the paper's text word by word, in one process.
 
     python benchmarks/meta.py [--threads 2] [--device cpu] [--seconds 20]
 
-(a) is the plain step: draw a batch, classifier, Balanced Softmax, backward, SGD with Nesterov momentum and weight decay.
-(b) is the step of the paper's text: Gumbel noise over all N images for each of the B slots, one-hot draws with a straight-through
-gradient, and second-order autograd through the classifier's step.
-All run in turns, so that whatever else the machine does falls on each. A ratio is the median over turns of the ratio within a turn.
+(a) is the plain step: draw a batch, classifier, Balanced Softmax, backward, SGD with Nesterov momentum and decay.
+(b) is the step of the paper's text: Gumbel noise over all N images for each of the B slots, one-hot draws with a
+straight-through gradient, and second-order autograd through the classifier's step.
+All run in turns, so that whatever else the machine does falls on each. A ratio is the median over turns of the ratio
+within a turn.
 """
 import argparse, statistics, time, warnings
 import torch, torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from balms.core import BalancedSoftmax
 from balms.data import ArrayDL, ArrayDataset, array_dls, long_tail_counts
 from balms.decoupled import ClassifierOnly, feature_bank
-from balms.meta import ClassRates, MetaSampler, closed_form_credit, inner_step, rate_gradient, soft_draw
+from balms.meta import MetaSampler
+from balms.meta_gradient import ClassRates, closed_form_credit, inner_step, rate_gradient
 from balms.models import get_model
 from balms.samplers import ClassSampler, sampling_rates
 
@@ -27,9 +29,12 @@ B, LR = 512, .1
 
 
 def problem(n_max, k, imbalance, d, device, **_):
-    "Features and labels; ImageNet-LT's profile is stood in for by an exponential one with about as many images"
-    counts = torch.tensor(long_tail_counts(n_max, k, imbalance) if n_max else [max(5, int(1280*256**(-(i/(k - 1))**.9)) - (i == -1)) for i in range(k)])
-    if n_max is None: counts[:] = (counts*115_846/counts.sum()).round(); counts[0] += 115_846 - counts.sum()
+    "Features and labels; in place of ImageNet-LT's profile an exponential one with as many images"
+    if n_max: counts = torch.tensor(long_tail_counts(n_max, k, imbalance))
+    else:
+        counts = torch.tensor([max(5, int(1280*256**(-(i/(k - 1))**.9))) for i in range(k)])
+        counts[:] = (counts*115_846/counts.sum()).round()
+        counts[0] += 115_846 - counts.sum()
     y = torch.arange(k).repeat_interleave(counts).to(device)
     return torch.randn(len(y), d, device=device), y, counts
 
@@ -55,11 +60,12 @@ class Plain:
 
 
 class Ours(Plain):
-    "The closed form: `balms.meta` in a plain PyTorch loop"
+    "The closed form: `balms.meta_gradient` in a plain PyTorch loop"
     def __init__(self, *a):
         super().__init__(*a)
         self.psi = ClassRates(self.counts).to(self.X.device)
-        self.rates, self.psi_opt = self.psi.rates(), torch.optim.Adam(self.psi.parameters(), .01, (.9, .99), fused=True)
+        self.rates = self.psi.rates()
+        self.psi_opt = torch.optim.Adam(self.psi.parameters(), .01, (.9, .99), fused=True)
         self.meta = ClassSampler(self.Y, sampling_rates(self.counts, 0.), 1, device=self.X.device)
         self.params = list(self.head.parameters())
         self.trial = partial(inner_step, self.opt)
@@ -67,8 +73,9 @@ class Ours(Plain):
         self.backward()
         with torch.no_grad():
             idx = self.meta.draw(B)
-            credit = closed_form_credit(self.params, self.f, self.z.grad, self.X[idx], self.Y[idx], self.trial, [p.grad for p in self.params])
-            self.psi.w.grad = rate_gradient(credit, self.y, self.rates, soft_draw(self.y, self.rates))*(1 - self.psi.r)
+            meta, grads = (self.X[idx], self.Y[idx]), [p.grad for p in self.params]
+            credit = closed_form_credit(self.params, self.f, self.z.grad, *meta, self.trial, grads)
+            self.psi.w.grad = rate_gradient(credit, self.y, self.rates, 'gumbel')*(1 - self.psi.r)
         self.psi_opt.step()
         self.rates = self.psi.rates()
         self.sampler.set_rates(self.rates)
@@ -104,7 +111,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= t.numel()*t.element_size(): self.numel = max(self.numel, t.numel())
+            if not isinstance(t, torch.Tensor): continue
+            if t.untyped_storage().nbytes() >= t.numel()*t.element_size(): self.numel = max(self.numel, t.numel())
         return out
 
 
@@ -141,15 +149,19 @@ def cached(name, spec, a, sync):
     with Largest() as big: ours.step()
     med = lambda ts, n: 1e3*statistics.median(t[n] for t in ts)
     (ra, ta), (rb, tb) = ratio(turns, 'ours', 'plain'), ratio(slow, 'words', 'ours')
-    print(f'{name}: N={len(Y):,}, k={len(counts):,}, d={X.shape[1]}, batch {B}\n'
-          f'  plain step {med(turns, "plain"):8.2f} ms   ours {med(turns, "ours"):8.2f} ms   word by word {med(slow, "words"):8.1f} ms\n'
-          f'  ours / plain        {ta}   at most {spec["over_a"]}\n  word by word / ours {tb}   at least {spec["under_b"]}\n'
-          f'  largest array of our step: {big.numel:,} elements; B x k = {B*len(counts):,}, B x N = {B*len(Y):,}')
-    return ra <= spec['over_a'] and rb >= spec['under_b'] and big.numel <= max(B*len(counts), B*X.shape[1], X.shape[1]*len(counts))
+    n, k, d = len(Y), len(counts), X.shape[1]
+    print(f'{name}: N={n:,}, k={k:,}, d={d}, batch {B}')
+    print(f'  plain step {med(turns, "plain"):8.2f} ms   ours {med(turns, "ours"):8.2f} ms', end='')
+    print(f'   word by word {med(slow, "words"):8.1f} ms')
+    print(f'  ours / plain        {ta}   at most {spec["over_a"]}')
+    print(f'  word by word / ours {tb}   at least {spec["under_b"]}')
+    print(f'  largest array of our step: {big.numel:,} elements; B x k = {B*k:,}, B x N = {B*n:,}')
+    return ra <= spec['over_a'] and rb >= spec['under_b'] and big.numel <= max(B*k, B*d, d*k)
 
 
 def frozen(a, sync, n=10847):
-    "A frozen ResNet-32: the plain step and the Meta Sampler inside a fastai `Learner`, on images and on a bank of features"
+    "A frozen ResNet-32: the plain step and the Meta Sampler inside a fastai `Learner`, on images and on features"
+    from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
     counts = torch.tensor(long_tail_counts(500, 100, 100))
@@ -159,11 +171,14 @@ def frozen(a, sync, n=10847):
         torch.manual_seed(0)
         dls = array_dls(ds, ds.subset(slice(0, 100)), bs=B, device=a.device)
         net = get_model('resnet32', 100).to(a.device)
-        learn = Learner(dls, net, loss_func=BalancedSoftmax(counts).to(a.device), lr=LR, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True), train_bn=False, cbs=cbs)
+        loss = BalancedSoftmax(counts).to(a.device)
+        sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
+        learn = Learner(dls, net, loss_func=loss, lr=LR, opt_func=sgd, train_bn=False, cbs=cbs)
         if bank: learn.dls, learn.model = bank_dls(bank, learn), net.fc
         return learn
     def bank_dls(bank, learn):
-        dls = learn.dls.__class__(ArrayDL(bank, B, shuffle=True, device=a.device), ArrayDL(bank, 1000, device=a.device), device=a.device)
+        dls = DataLoaders(ArrayDL(bank, B, shuffle=True, device=a.device), ArrayDL(bank, 1000, device=a.device),
+                          device=a.device)
         dls.c = 100
         return dls
     def stepper(learn):
@@ -182,15 +197,21 @@ def frozen(a, sync, n=10847):
     for s in steps.values(): s()
     turns = race(steps, 2*a.seconds, sync, reps={'plain, bank': 10, 'ours, bank': 10})
     med = lambda n: 1e3*statistics.median(t[n] for t in turns)
-    (ra, ta), (rb, tb), (_, tc) = ratio(turns, 'ours', 'plain'), ratio(turns, 'ours, bank', 'plain'), ratio(turns, 'ours, bank', 'plain, bank')
-    print(f'frozen ResNet-32, 32x32 images, batch {B}, through a fastai Learner:\n  ' + '   '.join(f'{n} {med(n):.1f} ms' for n in steps) +
-          f'\n  ours / plain                     {ta}   at most 2.1\n  ours with a bank / plain         {tb}   at most 1.2\n  ours with a bank / plain with a bank {tc}')
+    pairs = ('ours', 'plain'), ('ours, bank', 'plain'), ('ours, bank', 'plain, bank')
+    (ra, ta), (rb, tb), (_, tc) = (ratio(turns, *pair) for pair in pairs)
+    print(f'frozen ResNet-32, 32x32 images, batch {B}, through a fastai Learner:')
+    print('  ' + '   '.join(f'{n} {med(n):.1f} ms' for n in steps))
+    print(f'  ours / plain                     {ta}   at most 2.1')
+    print(f'  ours with a bank / plain         {tb}   at most 1.2')
+    print(f'  ours with a bank / plain with a bank {tc}')
     return ra <= 2.1 and rb <= 1.2
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--threads', type=int, default=torch.get_num_threads()); p.add_argument('--device', default='cpu'); p.add_argument('--seconds', type=float, default=20)
+    p.add_argument('--threads', type=int, default=torch.get_num_threads())
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--seconds', type=float, default=20)
     a = p.parse_args()
     warnings.filterwarnings('ignore')
     torch.set_num_threads(a.threads)

@@ -70,7 +70,7 @@ for views in (0, 2):
     cb = MetaSampler()
     with learn.no_bar(), learn.no_logging():
         learn.fit_classifier(1, 0.1, loss_func=BalancedSoftmax.from_dls(dls), views=views, cbs=cb)
-    assert cb.head is not None and cb.n_steps == 30 and cb.psi.w.isfinite().all()
+    assert cb.closed_form and cb.n_steps == 30 and cb.psi.w.isfinite().all()
 with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[MetaSampler(), OverBalance()])
 learn.dls = resampled(dls)
 with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, loss_func=nn.CrossEntropyLoss(), scales=True)

@@ -13,7 +13,7 @@ from balms.baselines import LDAM
 from balms.detector import SEG_METHODS, InstanceSeg, detect, mask_rcnn, sum_losses, use_loss
 from balms.instance_data import digit_scenes, instance_dls
 from balms.annotations import read_annotations
-from balms.meta import inner_step
+from balms.meta_gradient import inner_step
 from balms.stage import TrainOnly
 from balms.roi_reweighter import (
     BoxClassifierOnly, RoIReweighter, box_classifier_learner, region_weights, reweighting_gradient, sigmoid_residual)
