@@ -137,6 +137,7 @@ def _decode(
                              'Give a size to resize them to (--size)')
     return np.stack(images)
 
+# %% ../nbs/04a_datasets.ipynb #d881891e
 def load_folder(
     root, # Folder with train/<class>/* and test/<class>/*
     size:int=None, # Side of the square that images are resized and centre-cropped to; None: they have one size already

@@ -6,7 +6,7 @@
 __all__ = ['balms_lvis']
 
 # %% ../nbs/14ea_detection_cli.ipynb #5d0a0004
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from .cli import exit_status
 
 # %% ../nbs/14ea_detection_cli.ipynb #1121ed3f
@@ -41,8 +41,8 @@ def _run_all(recipes, train, valid, images, **kwargs):
 def balms_lvis(
     train:str, # Annotation file of the training images
     valid:str, # That of the images to measure AP on
-    images:Param('Folders of the photos', str, nargs='+', required=True)=None, # Folders of the photos
-    method:Param('Of softmax sigmoid focal class_balanced ldam lws eql bs balms [bs]', str, nargs='+')=None, # Methods
+    images:str, # Folder of the photos, or several with commas between them
+    method:str='bs', # One or several of softmax,sigmoid,focal,class_balanced,ldam,lws,eql,bs,balms
     data:str='lvis_v0.5', # What the data are called in rows and tables
     preset:str='paper', # paper, code or small
     seeds:int=1, # Number of runs a method, with seeds 0, 1, ...
@@ -57,5 +57,5 @@ def balms_lvis(
     "Train and compare methods on LVIS, or annotations in its form or COCO's. Exit status 2: bad input, 130: stopped."
     settings = dict(preset=preset, iters=iters, iters2=iters2, min_images=min_images, precision=precision)
     with exit_status('balms_lvis'):
-        recipes = _detection_recipes(data, method or ['bs'], seeds, settings)
-        _run_all(recipes, train, valid, images, out=out, device=device, workers=workers)
+        recipes = _detection_recipes(data, method.split(','), seeds, settings)
+        _run_all(recipes, train, valid, images.split(','), out=out, device=device, workers=workers)

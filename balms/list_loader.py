@@ -60,7 +60,7 @@ class ImageListDataset(Dataset):
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
 
 # %% ../nbs/04d_list_loader.ipynb #d1ad0007
-def _decode(data, orient, name):
+def _decode_rgb(data, orient, name):
     "The image in the bytes of a file, uint8 (3, h, w). Raises a `ValueError` with `name`."
     if data[:3] == b'\xff\xd8\xff':                                        # JPEG
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -78,7 +78,7 @@ def read(self:ImageListDataset, i:int) -> bytes:
 @patch
 def image(self:ImageListDataset, i:int) -> torch.Tensor: # uint8 (3, h, w)
     "Image `i`, decoded"
-    return _decode(self.read(i), self.orient, self.where(i))
+    return _decode_rgb(self.read(i), self.orient, self.where(i))
 
 @patch
 def __getitem__(self:ImageListDataset, i:int) -> tuple: # (image, label)
@@ -185,13 +185,13 @@ class Centre:
 VIEWS = dict(code=(RandomWindow, Centre), paper=(Resized, Centre))     # by preset: in training, in validation
 
 # %% ../nbs/04d_list_loader.ipynb #9ec85ea9
-def _blend(x, y, f): return torch.lerp(y, x, f[:, None, None, None]).clamp_(0, 1)
-def _grey(x): return .2989*x[:, :1] + .587*x[:, 1:2] + .114*x[:, 2:]
+def _mixed(x, y, f): return torch.lerp(y, x, f[:, None, None, None]).clamp_(0, 1)
+def _luminance(x): return .2989*x[:, :1] + .587*x[:, 1:2] + .114*x[:, 2:]
 
-def _brightness(x, f): return _blend(x, torch.zeros_like(x), f)
-def _contrast(x, f): return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), f)
-def _saturation(x, f): return _blend(x, _grey(x), f)
-JITTERS = _brightness, _contrast, _saturation          # of images (b, 3, h, w) in 0..1, by factors (b,)
+def _brightness(x, f): return _mixed(x, torch.zeros_like(x), f)
+def _more_contrast(x, f): return _mixed(x, _luminance(x).mean((1, 2, 3), keepdim=True), f)
+def _saturation(x, f): return _mixed(x, _luminance(x), f)
+JITTERS = _brightness, _more_contrast, _saturation          # of images (b, 3, h, w) in 0..1, by factors (b,)
 
 # %% ../nbs/04d_list_loader.ipynb #9ec85eaa
 class FlipJitter(Transform):

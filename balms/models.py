@@ -234,10 +234,3 @@ def get_model(
         from balms.weights import load_weights                   # which builds on this module
         load_weights(net, file)
     return net
-
-# %% ../nbs/06_models.ipynb #3bbaa171
-def __getattr__(name):
-    "Names that have moved to `balms.weights`"
-    if name not in ('load_weights', 'read_tensors'): raise AttributeError(f'{__name__} has no attribute {name!r}')
-    from balms import weights
-    return getattr(weights, name)

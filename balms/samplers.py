@@ -223,10 +223,3 @@ class CleansUp(Callback):
         self.__dict__['_learn'] = learn
     def clean_up(self):
         "Put back what was changed; `self.learn` is still there"
-
-# %% ../nbs/07_samplers.ipynb #e811609e
-def __getattr__(name):
-    "Names that stand in `balms.sampled_loader`, which builds on this module"
-    if name not in ('SampledDL', 'resampled'): raise AttributeError(f'{__name__} has no attribute {name!r}')
-    import balms.sampled_loader
-    return getattr(balms.sampled_loader, name)

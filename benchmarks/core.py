@@ -2,11 +2,11 @@
 
     python benchmarks/core.py [--threads 2] [--device cpu] [--seconds 4] [--compile]
 
-Balanced Softmax adds one array of the size of the logits, which costs most where the logits are small. The two losses are timed
-in short turns, so that whatever else the machine does falls on both. Times are medians over the turns, the ratio is the median
-of the ratios within a turn, with its quartiles. First some large arrays are made and freed, as a network does in each step:
-before that, glibc gives small arrays back to the system each time and page faults are measured. With --compile both losses are
-compiled, and the addition is part of the same kernel.
+Balanced Softmax adds one array of the size of the logits, which costs most where the logits are small. The two losses
+are timed in short turns, so that whatever else the machine does falls on both. Times are medians over the turns, the
+ratio is the median of the ratios within a turn, with its quartiles. First some large arrays are made and freed, as a
+network does in each step: before that, glibc gives small arrays back to the system each time and page faults are
+measured. With --compile both losses are compiled, and the addition is part of the same kernel.
 """
 import argparse
 import statistics

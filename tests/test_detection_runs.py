@@ -158,11 +158,11 @@ def test_two_processes_have_the_same_weights_and_one_row(scenes, tmp_path):
 
 def test_the_command(scenes, tmp_path):
     def go(*options):
-        args = [scenes/'digits_train.json', scenes/'digits_val.json', '--images', scenes, '--data', 'digit scenes',
+        args = [scenes/'digits_train.json', scenes/'digits_val.json', scenes, '--data', 'digit scenes',
                 '--preset', 'small', '--iters', '2', '--iters2', '2', '--out', tmp_path, '--device', 'cpu', *options]
         command = [sys.executable, '-m', 'balms.detection_cli', *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True)
-    r = go('--method', 'sigmoid', 'balms')
+    r = go('--method', 'sigmoid,balms')
     assert r.returncode == 0 and 'balms seed 0' in r.stdout and '| BALMS |' in r.stdout, r.stderr
     r = go('--method', 'best')
     assert r.returncode == 2 and 'softmax' in r.stderr and 'Traceback' not in r.stderr

@@ -70,7 +70,7 @@ def test_public_names_are_documented(name):
     mod, faults = importlib.import_module(f'balms.{name}'), []
     for attr in getattr(mod, '__all__', []):
         o = getattr(mod, attr)
-        if getattr(o, '__module__', mod.__name__) != mod.__name__: continue            # it is documented where it is from
+        if getattr(o, '__module__', mod.__name__) != mod.__name__: continue   # documented there
         if inspect.isclass(o) or inspect.isfunction(o):
             if not (o.__doc__ or '').strip(): faults.append(f'{attr}: no docstring')
             if lacks := undocumented(name, attr): faults.append(f'{attr}: no word on {", ".join(lacks)}')

@@ -1,4 +1,5 @@
-"""What must hold for any numbers: logits in -1e4..1e4, counts 1..1e9, 2 to 100,000 classes, every floating type. Compiled and eager, autocast and float32, CPU and CUDA agree; a trained classifier can be exported.
+"""What must hold for any numbers: logits in -1e4..1e4, counts 1..1e9, 2 to 100,000 classes, every floating type.
+Compiled and eager, autocast and float32, CPU and CUDA agree; a trained classifier can be exported.
 
 300 examples a property, the same ones each time; with `BALMS_PROFILE=nightly` 10,000, others each time."""
 import pytest, torch, torch.nn.functional as F

@@ -98,7 +98,8 @@ def test_command_makes_its_table_and_figure_outside_of_the_checkout(outside, tmp
     command = next(p for p in outside.parent.iterdir() if p.stem == 'balms_train')
     r = call(outside, command, '--iters', 20, '--seeds', 1, '--device', 'cpu', cwd=tmp_path)
     assert r.returncode == 0 and 'Balanced Softmax' in r.stdout, r.stderr
-    assert next((tmp_path/'runs').glob('*.png')).stat().st_size > 10_000 and len([*(tmp_path/'runs').glob('*/row.json')]) == 2
+    assert next((tmp_path/'runs').glob('*.png')).stat().st_size > 10_000
+    assert len([*(tmp_path/'runs').glob('*/row.json')]) == 2
     r = call(outside, '-c', 'import balms; print(balms.__file__, balms.__version__)', cwd=tmp_path)
     assert str(outside.parents[1]) in r.stdout and CFG['version'] in r.stdout
 

@@ -26,7 +26,9 @@ def is_docstring(node):
 
 def is_table(node):
     "A literal of more than a line: data to look up, not code to follow"
-    return isinstance(node, ast.Assign) and isinstance(node.value, (ast.Dict, ast.List, ast.Tuple, ast.Call, ast.Set))
+    return isinstance(node, ast.Assign) and isinstance(
+        node.value, (ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Call, ast.Set)
+    )
 
 
 def statement_lines(source):
