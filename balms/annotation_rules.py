@@ -126,11 +126,11 @@ def _breaks(o, rule, file):
     except TypeError: return True
 
 def summary_line(
-    what:str, # Things are wrong, in the plural
-    found:list, # Which ones
+    what:str, # What they have in common
+    found:list, # Names of things
 ) -> str: # How many, and the first five
     "One line on things of a kind."
-    return f'{len(found):,} {what}: ' + ', '.join(map(str, found[:5])) + ', ...'*(len(found) > 5)
+    return f'{what} ({len(found):,}): ' + ', '.join(map(str, found[:5])) + ', ...'*(len(found) > 5)
 
 def find_faults(
     content:dict, # Of an annotation file

@@ -231,8 +231,8 @@ def _summary(a):
     imbalance = n.max()/n[n > 0].min() if n.any() else nan
     counts = '/'.join(str(groups[g]) for g in 'rcf')
     without = len(a) - len(a.image_of[a.usable].unique())
-    left_out = [f'{without:,} images without anything to train on']*(without > 0)
-    left_out += [summary_line(f'annotations ({kind})', ids) for kind, ids in a.left_out.items() if ids]
+    left_out = [f'images without anything to train on ({without:,})']*(without > 0)
+    left_out += [summary_line(f'annotations, {kind}', ids) for kind, ids in a.left_out.items() if ids]
     return [f'{a}, imbalance {imbalance:g}, rare/common/frequent {counts}',
             *(f'left out of training: {line}' for line in left_out or ['nothing'])]
 

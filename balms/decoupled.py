@@ -82,7 +82,6 @@ class ClassifierOnly(CleansUp):
         for p, required in self.required_grad.items(): p.requires_grad_(required)
         self.required_grad = {}
 
-# %% ../nbs/11_decoupled.ipynb #03f7163b
 def classifier_optimizer(
     learn:Learner, # Its `opt_func`, `lr` and `wd_bn_bias` are used
     head:nn.Linear, # Its classifier
@@ -92,6 +91,7 @@ def classifier_optimizer(
     if not learn.wd_bn_bias and head.bias is not None: opt.state[head.bias]['do_wd'] = False
     return opt
 
+# %% ../nbs/11_decoupled.ipynb #03f7163b
 @patch
 def fit_classifier(self:Learner,
     n_epoch:int, # Passes over the training set

@@ -25,7 +25,8 @@ from .methods import METHODS
 from .models import body_fc, get_model
 from .packs import PackedDataset
 from .recipe import AUGMENTS, LIST_AUGMENTS, Recipe, in_lists
-from .samplers import ClassSampler, SampledDL, sampling_rates
+from .sampled_loader import SampledDL
+from .samplers import ClassSampler, sampling_rates
 from .stage import Execution
 
 # %% ../nbs/12cb_learner.ipynb #67bedb7f

@@ -193,7 +193,7 @@ def _named_download(name, weights):
                          f'remove them from {torch.hub.get_dir()}') from e
 
 # %% ../nbs/06_models.ipynb #00ceacdd
-def _from_timm(name, num_classes, in_channels, weights):
+def _timm_network(name, num_classes, in_channels, weights):
     "A network of timm"
     import timm
     _check_published(name, weights, ['DEFAULT'])
@@ -202,7 +202,7 @@ def _from_timm(name, num_classes, in_channels, weights):
     size = net.pretrained_cfg.get('input_size', (3, 224, 224))[-1]
     return split_classifier(net, size, in_channels)
 
-def _from_torchvision(name, num_classes, in_channels, weights):
+def _torchvision_network(name, num_classes, in_channels, weights):
     "A network of torchvision"
     from torchvision.models import get_model as torchvision_model, get_model_weights
     if in_channels != 3: raise ValueError(f'{name} takes images of 3 channels, not {in_channels}')
@@ -214,7 +214,7 @@ def _from_torchvision(name, num_classes, in_channels, weights):
     if weights: net.fc = nn.Linear(net.fc.in_features, num_classes)
     return net
 
-# %% ../nbs/06_models.ipynb #611feb80
+# %% ../nbs/06_models.ipynb #5e39caee
 def get_model(
     name:str, # A name in `MODELS`, of a classifier of torchvision, or of timm
     num_classes:int, # k
@@ -228,7 +228,7 @@ def get_model(
         if published: raise ValueError(f'No weights of {name} are published, and there is no file {weights}')
         net = MODELS[name](num_classes, in_channels=in_channels)
     else:
-        make = _from_timm if model_source(name) == 'timm' else _from_torchvision
+        make = _timm_network if model_source(name) == 'timm' else _torchvision_network
         with _named_download(name, published): net = make(name, num_classes, in_channels, published)
     if file and not published:
         from balms.weights import load_weights                   # which builds on this module

@@ -25,6 +25,12 @@ def _by_sign(grad):
     g = _rows(grad)
     return torch.stack([(-g).clamp(min=0).sum(0), g.clamp(min=0).sum(0)])
 
+def _unscaled(mass, scaler):
+    "Masses free of the loss scale of mixed precision; zero for a step that overflowed"
+    if scaler is None or not scaler.is_enabled(): return mass
+    mass = mass/scaler.scale(torch.ones((), device=mass.device))
+    return torch.where(mass.isfinite().all(), mass, torch.zeros_like(mass))
+
 # %% ../nbs/08_over_balance.ipynb #5b340c7f
 def _logits(pred, k):
     "The prediction, if its axis 1 has the k classes"
@@ -67,11 +73,7 @@ class OverBalance(Callback):
 
     def _add(self, grad):
         "The gradient of one batch joins the sums"
-        mass, scaler = _by_sign(grad), getattr(self.learn, 'scaler', None)
-        if scaler is not None and scaler.is_enabled():
-            mass = mass/scaler.scale(torch.ones((), device=mass.device))
-            mass = torch.where(mass.isfinite().all(), mass, torch.zeros_like(mass))
-        self._mass = self._mass + mass
+        self._mass = self._mass + _unscaled(_by_sign(grad), getattr(self.learn, 'scaler', None))
 
 # %% ../nbs/08_over_balance.ipynb #c4954b3f
 @patch

@@ -30,7 +30,8 @@ from .models import find_classifier
 from .packs import PackedDataset
 from .recipe import Recipe
 from .rows import read_row, write_row
-from .samplers import ClassSampler, SampledDL
+from .sampled_loader import SampledDL
+from .samplers import ClassSampler
 from .scale import Distributed, FrozenPieces, check_pieces, ending_together, start_ranks
 from .stage import Execution, fit_stage, own_folder, warmup_cosine
 from .weights import save_model

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .array_loader import ArrayDL, mixed_seed
 from .samplers import ClassSampler, sampling_rates
 
-# %% ../nbs/07a_sampled_loader.ipynb #52f1ef13
+# %% ../nbs/07a_sampled_loader.ipynb #9f756d9c
 class SampledDL(TfmdDL):
     "A fastai loader of any map-style data set whose training batches are drawn by `sampler` when they are needed"
     def __init__(self,
@@ -52,21 +52,7 @@ class SampledDL(TfmdDL):
         if hasattr(self.sampler, 'draw_ranks'): return self.sampler.draw_ranks(self.bs)
         return self.sampler.draw(self.bs)[None]
 
-    def state_dict(self) -> dict: # Tensors and whole numbers, the same on every rank
-        "All that decides which items come next: the sampler's state, and the batches it has drawn that were not used"
-        ahead = [b.cpu() for b in (*self._ahead, *self._left)]
-        none = torch.zeros(0, self._world, self.bs, dtype=torch.long)
-        return dict(sampler=self.sampler.state_dict(), used=self._used, ahead=torch.stack(ahead) if ahead else none)
-    def load_state_dict(self, s:dict): # From `state_dict`
-        "Go on with the batch after the last one used. Raises `ValueError` for another batch size or number of ranks."
-        n, world, bs = s['ahead'].shape
-        if n and (world, bs) != (self._world, self.bs):
-            raise ValueError(f'The saved loader has batches of {bs} under way for {world} ranks; '
-                             f'this one has batches of {self.bs} for {self._world}')
-        self.sampler.load_state_dict(s['sampler'])
-        self._ahead, self._left, self._used = deque(), deque(s['ahead']), s.get('used', 0)
-
-# %% ../nbs/07a_sampled_loader.ipynb #ac222a88
+# %% ../nbs/07a_sampled_loader.ipynb #acb5a46a
 @contextmanager
 def _kept_random():
     "Leave the random numbers of this process as they were"
@@ -83,6 +69,7 @@ def _seed_all(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
+# %% ../nbs/07a_sampled_loader.ipynb #7db09cc4
 class _Batches(Dataset):
     "What a worker works on: the batch of some items, and with a seed each item has random numbers of its own"
     def __init__(self, dl): self.dl = dl
@@ -103,7 +90,7 @@ def _start_worker(_):
     set_seed(info.seed)
     info.dataset.dl.wif()
 
-# %% ../nbs/07a_sampled_loader.ipynb #9de41c05
+# %% ../nbs/07a_sampled_loader.ipynb #52d8e63c
 @patch
 def _seed_of(self:SampledDL, *place): return mixed_seed(self.seed, getattr(self.sampler, 'seed', 0), *place)
 
@@ -125,6 +112,7 @@ def _finish(self:SampledDL, batch, number=None):
     if self.pin_memory and type(batch) is list: batch = tuple(batch)          # pinning makes lists of tuples
     return self.after_batch(batch if self.device is None else to_device(batch, self.device))
 
+# %% ../nbs/07a_sampled_loader.ipynb #a6b5960a
 @patch
 def __iter__(self:SampledDL):
     "The batches of an epoch"
@@ -149,7 +137,25 @@ def __iter__(self:SampledDL):
             self._ahead = outer
             self._left.extend(ahead)
 
-# %% ../nbs/07a_sampled_loader.ipynb #bb64f6ad
+# %% ../nbs/07a_sampled_loader.ipynb #f0682fa8
+@patch
+def state_dict(self:SampledDL) -> dict: # Tensors and whole numbers, the same on every rank
+    "All that decides which items come next: the sampler's state, and the batches it has drawn that were not used"
+    ahead = [b.cpu() for b in (*self._ahead, *self._left)]
+    none = torch.zeros(0, self._world, self.bs, dtype=torch.long)
+    return dict(sampler=self.sampler.state_dict(), used=self._used, ahead=torch.stack(ahead) if ahead else none)
+
+@patch
+def load_state_dict(self:SampledDL, s:dict): # From `state_dict`
+    "Go on with the batch after the last one used. Raises `ValueError` for another batch size or number of ranks."
+    n, world, bs = s['ahead'].shape
+    if n and (world, bs) != (self._world, self.bs):
+        raise ValueError(f'The saved loader has batches of {bs} under way for {world} ranks; '
+                         f'this one has batches of {self.bs} for {self._world}')
+    self.sampler.load_state_dict(s['sampler'])
+    self._ahead, self._left, self._used = deque(), deque(s['ahead']), s.get('used', 0)
+
+# %% ../nbs/07a_sampled_loader.ipynb #35c4e90c
 @patch
 def one_batch(self:SampledDL):
     "A batch to look at, drawn as in training, without any effect on the batches to come"
@@ -177,7 +183,7 @@ def new(self:SampledDL, dataset=None, cls=None, **kwargs):
         if dataset is None: own.update(sampler=self.sampler, n_batches=self.n_batches)
     return TfmdDL.new(self, dataset, cls, **{**own, **kwargs})
 
-# %% ../nbs/07a_sampled_loader.ipynb #1149ae36
+# %% ../nbs/07a_sampled_loader.ipynb #62b707d0
 _OVERRIDDEN = ('__iter__', 'create_batches', 'create_item', 'do_item', 'create_batch', 'do_batch')
 
 def _check_can_draw(dl):

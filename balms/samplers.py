@@ -51,6 +51,7 @@ def _one_label_each(labels):
     if not len(y): raise ValueError('There are no images to draw from')
     return y
 
+# %% ../nbs/07_samplers.ipynb #89f00bdd
 class ClassSampler(Sampler):
     "Draws a class by its rate, then one of its images. Raises `ValueError` for a rate that no image can meet."
     def __init__(self,
@@ -111,6 +112,7 @@ def _set_distribution(self:ClassSampler, rates):
     c = torch.where(rates > 0, rates.cumsum(0), -1.).cummax(0).values    # rate 0: no width at all
     self._rates, self._cdf = rates, c/c[-1]
 
+# %% ../nbs/07_samplers.ipynb #79e1d9ec
 @patch
 def draw_classes(self:ClassSampler, n:int) -> Tensor: # int64 (n,), the same on every rank
     "`n` classes drawn by the rates: the inverse of their cumulative distribution at uniform numbers"
@@ -210,7 +212,7 @@ class ProgressiveSampling(Callback):
         progress = (self.start + self.train_iter)/(self.start + self.n_epoch*len(dl))
         sampler.set_rates(self.rates(sampler.counts, progress))
 
-# %% ../nbs/07_samplers.ipynb #cc2b3483
+# %% ../nbs/07_samplers.ipynb #0b801d9d
 class CleansUp(Callback):
     "A callback whose `clean_up` runs when it is taken out of its learner, which fastai does also after an error"
     @property
@@ -222,7 +224,7 @@ class CleansUp(Callback):
     def clean_up(self):
         "Put back what was changed; `self.learn` is still there"
 
-# %% ../nbs/07_samplers.ipynb #2ccd9ca3
+# %% ../nbs/07_samplers.ipynb #e811609e
 def __getattr__(name):
     "Names that stand in `balms.sampled_loader`, which builds on this module"
     if name not in ('SampledDL', 'resampled'): raise AttributeError(f'{__name__} has no attribute {name!r}')

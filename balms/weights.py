@@ -19,10 +19,10 @@ from torch import nn
 from .files import write_file
 from .models import get_model
 
-# %% ../nbs/06a_weights.ipynb #15a2d284
-_scalar, _number_types = np.float64(0).__reduce__()[0], (np.float64, np.float32, np.int64)
-_HARMLESS = [L, np.dtype, *(type(np.dtype(t)) for t in _number_types),
-            (_scalar, 'numpy.core.multiarray.scalar'), (_scalar, 'numpy._core.multiarray.scalar')]
+# %% ../nbs/06a_weights.ipynb #e59e0f56
+_number = np.float64(0).__reduce__()[0]                          # what numbers of NumPy are loaded with
+_HARMLESS = [L, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+             (_number, 'numpy.core.multiarray.scalar'), (_number, 'numpy._core.multiarray.scalar')]
 
 def _checksum(tensors, metadata):
     "CRC-32 of the names, types, shapes and values of tensors, and of their metadata"
@@ -88,7 +88,7 @@ def named_tensors(
     if not tensors: raise ValueError(f'{path} holds no weights: a dictionary of named tensors is needed')
     return tensors
 
-# %% ../nbs/06a_weights.ipynb #191af193
+# %% ../nbs/06a_weights.ipynb #65f64701
 def _prefix(names, wanted):
     "What stands before the names of `wanted` in most of `names`"
     seen = Counter()
@@ -97,7 +97,7 @@ def _prefix(names, wanted):
         seen.update(name[:i] for i in starts if name[i:] in wanted)
     return max(seen, key=lambda prefix: (seen[prefix], -len(prefix)), default='')
 
-def _numbered(name, parts):
+def _with_numbered_parts(name, parts):
     "The name of a tensor in a network whose parts are numbered"
     first, dot, rest = name.partition('.')
     return f'{parts.index(first)}.{rest}' if first in parts else name
@@ -106,7 +106,7 @@ def _names_in_file(model, names):
     "{name in `model`: name in the file}, and what stands before the names of the body there"
     parts, body = [n for n, _ in model.body.named_children()], list(model.body.state_dict())
     found, prefix = {}, ''
-    for wanted in ({n: n for n in body}, {_numbered(n, parts): n for n in body}):
+    for wanted in ({n: n for n in body}, {_with_numbered_parts(n, parts): n for n in body}):
         before = _prefix(names, wanted)
         fits = {f'body.{ours}': before + theirs for theirs, ours in wanted.items() if before + theirs in names}
         if len(fits) > len(found): found, prefix = fits, before

@@ -21,7 +21,7 @@ from fastai.torch_core import TensorCategory
 from balms.list_loader import Centre, ImageListDL, ImageListDataset, RandomWindow, list_dls
 from balms.lists import read_list
 from balms.packs import pack_images
-from balms.samplers import resampled
+from balms.sampled_loader import resampled
 
 LIMIT = .7                                                              # of decoding with nothing sent
 

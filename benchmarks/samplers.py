@@ -2,16 +2,16 @@
 
     python benchmarks/samplers.py [--threads 1] [--device cpu] [--seconds 3]
 
-Three long tails, as large as CIFAR-100-LT, ImageNet-LT and two million images, all drawn class-balanced. `ClassSampler.draw` is compared
-with `torch.multinomial` over the images' weights, once a batch, which is what drawing by rates that change in every step takes
-and with `WeightedRandomSampler`, which draws a whole epoch at once, counted per batch, for rates that do not change. The sides
-are timed in short turns, so that whatever else the machine does falls on all of them. Times are medians over the turns, ratios
-are medians of the ratio within a turn.
+Three long tails, as large as CIFAR-100-LT, ImageNet-LT and two million images, all drawn class-balanced.
+`ClassSampler.draw` is compared with `torch.multinomial` over the images' weights, once a batch, as it would be for
+rates that change in every step; and with `WeightedRandomSampler`, which draws a whole epoch at once, counted per
+batch, for rates that do not change. The sides are timed in short turns, so that whatever else the machine does falls
+on all of them. Times are medians over the turns, ratios are medians of the ratio within a turn.
 """
 import argparse, statistics, time
 import torch
 from torch.utils.data import WeightedRandomSampler
-from balms.data import long_tail_counts
+from balms.long_tail import long_tail_counts
 from balms.samplers import ClassSampler, sampling_rates
 
 SIZES = [(500, 100, 100), (645, 1000, 256), (11_140, 1000, 256)]       # images of the largest class, classes, imbalance
@@ -36,8 +36,10 @@ def main():
         s, w = ClassSampler(y, rates, device=a.device), (rates/n)[y].to(a.device)
         r = rates.to(a.device)
         epoch = WeightedRandomSampler(w.cpu(), len(y))
-        sides = {'draw': (lambda: s.draw(a.bs), 100), 'set_rates, draw': (lambda: (s.set_rates(r), s.draw(a.bs)), 100),
-                 'multinomial': (lambda: torch.multinomial(w, a.bs, True), 3), 'WeightedRandomSampler': (lambda: list(epoch), 1)}
+        sides = {'draw': (lambda s=s: s.draw(a.bs), 100),
+                 'set_rates, draw': (lambda s=s, r=r: (s.set_rates(r), s.draw(a.bs)), 100),
+                 'multinomial': (lambda w=w: torch.multinomial(w, a.bs, True), 3),
+                 'WeightedRandomSampler': (lambda epoch=epoch: list(epoch), 1)}
         turns, end = [], time.perf_counter() + a.seconds
         while len(turns) < 3 or time.perf_counter() < end:
             t = {}

@@ -63,7 +63,7 @@ print('fit with MixUp, get_preds, export and load_learner work')
 from torch import nn
 from balms.meta import MetaSampler
 from balms.over_balance import OverBalance
-from balms.samplers import resampled
+from balms.sampled_loader import resampled
 
 learn.remove_cb(learn.mix_up)
 for views in (0, 2):

@@ -12,7 +12,8 @@ from balms.lists import read_list, sample_tree
 from balms.meta import MetaSampler
 from balms.models import get_model
 from balms.packs import pack_images
-from balms.samplers import ClassSampler, SampledDL, resampled
+from balms.sampled_loader import SampledDL, resampled
+from balms.samplers import ClassSampler
 
 ROLLUP = Path('/proc/self/smaps_rollup')
 from_proc = pytest.mark.skipif(not (ROLLUP.exists() and 'Pss_Anon' in ROLLUP.read_text()),

@@ -24,7 +24,8 @@ from balms.decoupled import ClassifierOnly, feature_bank
 from balms.meta import MetaReweighter, MetaSampler
 from balms.meta_gradient import ClassRates, rate_gradient, soft_draw, weight_gradient
 from balms.models import get_model
-from balms.samplers import ClassSampler, resampled, sampling_rates
+from balms.sampled_loader import resampled
+from balms.samplers import ClassSampler, sampling_rates
 
 SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, weight_decay=1e-3)
 COUNTS = torch.tensor([400, 120, 40, 12])

@@ -636,7 +636,7 @@ def test_cleans_up(fails):
     cleaned = []
     class Changes(CleansUp):
         def before_batch(self):
-            if fails: raise ZeroDivisionError
+            if fails: raise ZeroDivisionError('stop')
         def clean_up(self): cleaned.append(self.learn)
     with learn.no_bar(), learn.no_logging():
         if fails:
