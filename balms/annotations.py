@@ -38,7 +38,9 @@ def frequency_groups(
 # %% ../nbs/14_annotations.ipynb #8f0486ae
 class PackedList:
     "Python objects in one array of bytes, which worker processes share"
-    def __init__(self, objects):
+    def __init__(self,
+        objects:list, # What can be pickled
+    ):
         packed = [pickle.dumps(o, 5) for o in objects]
         self.ends, self.data = np.cumsum([0, *map(len, packed)]), np.frombuffer(b''.join(packed), np.uint8)
     def __len__(self): return len(self.ends) - 1

@@ -154,7 +154,10 @@ def resize_window(
     part = x.permute(1, 2, 0)[top:top + h, left:left + w]                  # as decoders lay it in memory
     return F.interpolate(part[None].permute(0, 3, 1, 2), size, mode='bilinear', antialias=True)[0]
 
-def resize_short(x, short):
+def resize_short(
+    x:torch.Tensor, # uint8 (3, h, w)
+    short:int, # Pixels of its shorter side afterwards
+) -> torch.Tensor:
     "An image uint8 (3, h, w), resized so that its shorter side has `short` pixels."
     h, w = x.shape[1:]
     return resize_window(x, (short, short*w//h) if h <= w else (short*h//w, short))

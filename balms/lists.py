@@ -113,7 +113,9 @@ LIST_FACTS = dict(
 )
 
 # %% ../nbs/04c_lists.ipynb #a3b69d97
-def count_shots(counts) -> tuple:
+def count_shots(
+    counts, # Images a class, (k,)
+) -> tuple:
     "Classes with many, medium and few of `counts` images (k,), by `balms.metrics.shot_masks`."
     from balms.metrics import shot_masks
     return tuple(int(mask.sum()) for mask in shot_masks(counts).values())

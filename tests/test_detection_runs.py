@@ -106,6 +106,7 @@ run_detection(recipe, root/'digits_train.json', root/'digits_val.json', root, ou
 '''
 
 
+@pytest.mark.slow
 def test_killed_in_both_stages_it_ends_with_the_same_bits(scenes, tmp_path):
     script = tmp_path/'run.py'
     script.write_text(KILLED)

@@ -231,61 +231,61 @@ def test_fault_in_formula(repo, mathjax):
 
 def test_readme(clean):
     assert make_readme(clean) == """\
-    <!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->
+<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->
 
-    # balms
+# balms
 
-    > A promise.
+> A promise.
 
-    See [the shift](nbs/00_core.ipynb#the-shift), [`log_prior`](https://balms.github.io/balms/core.html#log_prior) and ![a dot](nbs/images/a.png). In code: `[x](y.md)`.
+See [the shift](nbs/00_core.ipynb#the-shift), [`log_prior`](https://balms.github.io/balms/core.html#log_prior) and ![a dot](nbs/images/a.png). In code: `[x](y.md)`.
 
-    ## Use
+## Use
 
-    An equation $a_1$ and
+An equation $a_1$ and
 
-    $$b$$
+$$b$$
 
-    Note.
+Note.
 
-    Still.
+Still.
 
-    <!-- command: run -->
-    ```bash
-    balms_train  # [x](y.md)
-    ```
+<!-- command: run -->
+```bash
+balms_train  # [x](y.md)
+```
 
-    <!-- command: test -->
-    ```bash
-    nbdev_test
-    pytest
-    ```
+<!-- command: test -->
+```bash
+nbdev_test
+pytest
+```
 
-    ```python
-    print("hi")
-    ```
+```python
+print("hi")
+```
 
-    ```
-    hi
-    ```
+```
+hi
+```
 
-    ```
-    there
-    ```
+```
+there
+```
 
-    ```python
-    go()
-    ```
+```python
+go()
+```
 
-    ```python
-    step()
-    ```
+```python
+step()
+```
 
-    ```python
-    x
-    ```
+```python
+x
+```
 
-    **3**
-    """
+**3**
+"""
 
 @pytest.mark.parametrize(
     'output, what',

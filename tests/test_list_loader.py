@@ -173,6 +173,7 @@ def memory_of_epochs(tree, pack):
     return used
 
 
+@pytest.mark.slow
 @from_proc
 @pytest.mark.parametrize('packed', [False, True])
 def test_memory_does_not_grow(tree, tmp_path, packed):
@@ -191,6 +192,7 @@ def memory_of_a_long_list(tree):
     return used
 
 
+@pytest.mark.slow
 @from_proc
 def test_workers_share_the_names(tree):
     "A worker reads from a list of 300,000 names and does not come to own a copy of it"

@@ -11,8 +11,7 @@ def test_every_method_learns_digits(tmp_path):
         stage2 = dict(iters2=60, views=1) if method.two_stages else {}
         scores[name] = run(Recipe(method=name, iters=150, **stage2), tmp_path, device='cpu')['overall']
     assert not {m: v for m, v in scores.items() if v < 30}
-    trained = [f.parent.name for f in tmp_path.glob('*/model.*')]
-    assert len(trained) == sum(bool(m.loss) for m in METHODS.values())       # nothing is trained twice
+    assert len([*tmp_path.glob('*/model.safetensors')]) == len(METHODS)      # stage-1 models are shared
 
 
 def test_the_help_of_the_command_line_has_every_method():

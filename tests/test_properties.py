@@ -13,7 +13,7 @@ from balms.core import (
     log_odds_prior,
     log_prior,
 )
-from balms.recipes import METHODS
+from balms.methods import METHODS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = {d: torch.finfo(d).eps for d in DTYPES}
@@ -258,12 +258,12 @@ def test_a_trained_classifier_can_be_exported(tmp_path):
     """By torch.export, saved and loaded, for any number of images: the logits and the predictions of the model; no
     count is in it"""
     from balms.data import load_digits
-    from balms.models import get_model
-    from balms.recipes import Recipe, run
+    from balms.recipe import Recipe
+    from balms.runs import run
+    from balms.weights import load_model
     r = Recipe(method='balms', iters=40, iters2=20)
     run(r, tmp_path, device='cpu')
-    net = get_model('small_cnn', 10, 1).eval()
-    net.load_state_dict(torch.load(tmp_path/r.key/'model.pt', weights_only=True)['model'])
+    net, _ = load_model(tmp_path/r.key/'model.safetensors')
     x = load_digits()[1].images[:50].float()/255
     # torch 2.6 cannot load what it has traced strictly
     program = torch.export.export(net, (x[:8],), dynamic_shapes=({0: torch.export.Dim('n', min=2)},), strict=False)
