@@ -190,10 +190,10 @@ def _fit_on_bank(learn, head, views, n_epoch, lr, cbs, kwargs):
 @torch.no_grad()
 def tau_normalize(
     head:nn.Linear, # A trained classifier; changed in place
-    tau:float=1., # 1: all weights get the norm 1; 0: nothing changes but the bias
+    power:float=1., # Their tau. 1: all weights get the norm 1; 0: nothing changes but the bias
 ) -> nn.Linear:
-    "Divide the weights of each class by their norm to the power of tau, and drop the bias (Kang et al. 2020)"
-    head.weight /= head.weight.norm(dim=1, keepdim=True)**tau
+    "Divide the weights of each class by a power of their norm, and drop the bias (Kang et al. 2020)"
+    head.weight /= head.weight.norm(dim=1, keepdim=True)**power
     if head.bias is not None: head.bias.zero_()
     return head
 
