@@ -87,7 +87,7 @@ def read_checkpoint(
             raise ValueError(f'{file} belongs to another recipe or to other images: use another output folder')
         for bad, e in damaged:
             warnings.warn(f'{e}. The run goes on from {file.name}, step {state["step"]}')
-            bad.unlink()                                             # it must not become the one before
+            bad.unlink()                                             # or the next save would keep it as the one before
         return state
     if damaged: raise ValueError(f'{damaged[0][1]}. There is no other checkpoint: remove it to begin again')
 

@@ -17,7 +17,7 @@ from .recipe import METHOD_GROUPS, PRESETS, RATE_FIELDS, STAGE2_FIELDS, Recipe, 
 def _recipe_options(parser):
     "Add an option for each field of a recipe"
     for name, kind, default, text in recipe_options():
-        if name in ('data', 'method', 'seed'): continue              # these are said in another way
+        if name in ('data', 'method', 'seed'): continue              # these have options of their own
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
         parser.add_argument('--' + name.replace('_', '-'), default=default, help=text.replace('%', '%%'), **how)
 
@@ -77,7 +77,7 @@ def exit_status(
     try:
         yield
         return
-    except (Interrupted, KeyboardInterrupt) as e: text, status = f'\n{e or "Stopped"}', 130
+    except (Interrupted, KeyboardInterrupt) as e: text, status = f'\n{str(e) or "Stopped"}', 130
     except (ValueError, OSError, FloatingPointError, ImportError, LostProcess) as e:
         text = str(e)
         if text.startswith('Caught '): text = text.rsplit(f'\n{type(e).__name__}: ', 1)[-1].rstrip()   # from a worker
@@ -96,7 +96,7 @@ def _recipes(args) -> list:
         for name in args.method:
             method, own = METHODS.get(name), dict(given)
             unused = () if method and method.two_stages else STAGE2_FIELDS
-            if not (method and method.meta): unused += RATE_FIELDS
+            if not (method and method.two_stages and method.meta): unused += RATE_FIELDS
             for field in unused: own.pop(field)
             made.append(Recipe(method=name, seed=seed, **own))
             used |= set(own)

@@ -117,7 +117,7 @@ def _fit_in_folder(job, learn, recipe, iters, lr_at, cbs, stop_at):
     return fit_stage(learn, recipe, job.out/recipe.key, iters, lr_at, job.train_crc, job.execution, cbs, **options)
 
 def _fit_detector(job):
-    "The trained `Learner` of stage 1, and what its file says"
+    "The trained `Learner` of stage 1, and the metadata of its file"
     recipe, stop_at = job.recipe.stage1, job.stop_at
     learn = job.learner(recipe)
     lr_at = partial(step_drops, lr=recipe.lr, drops=recipe.drops, warmup=recipe.warmup)
@@ -126,7 +126,7 @@ def _fit_detector(job):
 
 # %% ../nbs/14e_detection_runs.ipynb #5d0f0011
 def _fit_box_classifier(job, model):
-    "The `Learner` of stage 2, from a model of stage 1, and what its file says"
+    "The `Learner` of stage 2, from a model of stage 1, and the metadata of its file"
     recipe, method, cbs = job.recipe, SEG_METHODS[job.recipe.method], []
     learn = job.learner(recipe.stage1)
     learn.model.load_state_dict(model.state_dict())

@@ -46,7 +46,7 @@ def file_crc(
 @contextmanager
 def folder_lock(
     folder, # Made if it is not there
-    waiting_for:str, # What is said if another process has the lock: 'Waiting for {waiting_for}'
+    waiting_for:str, # Printed if another process has the lock: 'Waiting for {waiting_for}'
 ):
     "A context in which no other process has the lock of `folder`."
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -101,11 +101,12 @@ def _loaders(recipe, train, test, counts, execution, bs):
 # %% ../nbs/12cb_learner.ipynb #42cc4e27
 def _network(recipe, train, execution, weights):
     "The network of a recipe at its start"
-    channels, head = train.images.shape[1] if isinstance(train, ArrayDataset) else 3, METHODS[recipe.method].head
+    channels = train.images.shape[1] if isinstance(train, ArrayDataset) else 3
     make = partial(get_model, recipe.model, train.c, channels, weights)
     if weights and execution.ranks.world > 1: execution.ranks.first(lambda: make() and None)     # one of them downloads
     torch.manual_seed(recipe.seed)
     net = make()
+    head = METHODS[recipe.stage1.method].head                        # a second stage keeps the kind of classifier
     if head: replace_classifier(net, head(net.fc.in_features, train.c))
     return nn.SyncBatchNorm.convert_sync_batchnorm(net) if execution.sync_bn else net
 

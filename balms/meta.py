@@ -83,7 +83,7 @@ def _linear_head(net):
     return head if is_linear and trained == set(head.parameters()) else None
 
 def _credits(callback):
-    "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if that cannot be"
+    "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if it does not hold"
     parts = callback.learn, callback.network, callback.trial_step
     head = _linear_head(callback.network)
     if head is None and callback.backprop == 'closed':
@@ -123,7 +123,7 @@ class MetaCallback(CleansUp):
         count_pow:float=1., # Meaning of equal rates, see `ClassRates`
         meta_bs:int=None, # Images of a meta batch; default: those of a training batch
         meta_ds=None, # Where meta batches come from; default: the training set. Held-out data are an advantage: say so
-        labels=None, # Labels of the training images (n,), for a data set that does not say them
+        labels=None, # Labels of the training images (n,), for a data set without labels of its own
         seed:int=0, # Of the draws
         record:int=50, # Steps between two entries of `history`
     ):

@@ -27,7 +27,7 @@ PRESETS = dict(
     small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
 _digits = PRESETS['small'] | dict(model='small_cnn', iters=600, bs=64, augment='shift', threads=1)
 
-IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # where a recipe does not say
+IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # the defaults
 
 # %% ../nbs/12a_recipe.ipynb #4ccf114d
 def _augmentation(name, **kwargs): return lambda: getattr(import_module('balms.augment'), name)(**kwargs)

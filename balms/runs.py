@@ -6,7 +6,7 @@
 __all__ = ['probabilities', 'evaluate', 'run']
 
 # %% ../nbs/12d_runs.ipynb #d0a10003
-import math
+import math, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +75,7 @@ def _metadata(dl, recipe, train, counts):
 
 # %% ../nbs/12d_runs.ipynb #574b085c
 def _train_stage1(job):
-    "The trained `Learner` of stage 1, and what its file says"
+    "The trained `Learner` of stage 1, and the metadata of its file"
     recipe, execution, stop_at = job.recipe.stage1, job.execution, job.stop_at
     method, ranks, micro_bs, pieces = METHODS[recipe.method], execution.ranks, execution.micro_bs, 1
     learn = job.learner(recipe, micro_bs*ranks.world if micro_bs else None, recipe.weights)
@@ -114,7 +114,7 @@ def _meta_callback(recipe, ranks):
 
 # %% ../nbs/12d_runs.ipynb #d0a1010c
 def _train_stage2(job, stage1_model):
-    "The `Learner` of stage 1 with its classifier trained again, and what its file says"
+    "The `Learner` of stage 1 with its classifier trained again, and the metadata of its file"
     recipe, execution, stop_at = job.recipe, job.execution, job.stop_at
     method, ranks, learn = METHODS[recipe.method], execution.ranks, job.learner(recipe, recipe.bs2)
     learn.model.load_state_dict(stage1_model.state_dict())
@@ -258,7 +258,11 @@ def run(
         if ranks.world > 1: ranks.first(lambda: load() and None)      # one of them downloads, and fills the cache
         job = _Job(recipe, out, *load(), execution, progress, stop_at)
         found = ranks.first(lambda: _finished_row(out/recipe.key, job.crc))
-        if found: return found
+        if found:
+            precision = found['environments'][-1].get('precision', 'float32')
+            if precision != recipe.precision:
+                warnings.warn(f'{recipe.key} is finished, in {precision}: for {recipe.precision} use another folder')
+            return found
         row = _run(job)
         with own_folder(out/recipe.key, ranks): ranks.first(lambda: write_row(out/recipe.key, row))
         return row

@@ -122,7 +122,7 @@ def start_ranks(
     atexit.register(state.destroy_process_group)
     return Ranks(), state.device
 
-_SIGNS = 'gloo', 'Connection closed', 'Connection reset', 'NCCL', 'nccl', 'Broken pipe'     # of a lost connection
+_LOST = 'gloo', 'Connection closed', 'Connection reset', 'NCCL', 'nccl', 'Broken pipe'     # of a lost connection
 
 class LostProcess(RuntimeError): "Another process of the run has ended"
 
@@ -133,7 +133,7 @@ def ending_together(
     "Raise `LostProcess` if another process of the run has ended"
     try: yield
     except RuntimeError as e:
-        if ranks.world == 1 or not any(sign in str(e) for sign in _SIGNS): raise
+        if ranks.world == 1 or not any(text in str(e) for text in _LOST): raise
         raise LostProcess(f'Process {ranks.rank} of {ranks.world} lost the others: one has ended, see its message. '
                           'The same command goes on from the last checkpoint') from e
 

@@ -120,7 +120,7 @@ class Footnotes:
     def __init__(self): self.marks = {}
 
     def mark(self,
-        note:str, # What is to be said of a cell; empty: nothing
+        note:str, # Text of the footnote; empty: none
     ) -> str:
         "The mark of a note"
         return self.marks.setdefault(note, ' ' + '†'*(len(self.marks) + 1)) if note else ''
