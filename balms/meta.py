@@ -83,7 +83,7 @@ def _linear_head(net):
     return head if is_linear and trained == set(head.parameters()) else None
 
 def _credits(callback):
-    "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if it does not hold"
+    "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if not"
     parts = callback.learn, callback.network, callback.trial_step
     head = _linear_head(callback.network)
     if head is None and callback.backprop == 'closed':

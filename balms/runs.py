@@ -223,10 +223,14 @@ def _cpu_threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-def _finished_row(folder, crc):
+def _finished_row(folder, recipe, crc):
     "The row of a finished run, or None"
     row = read_row(folder)
-    if row and row['train_crc'] != crc: raise ValueError(f'{folder} has a row of other images: use another folder')
+    if row is None: return None
+    if row['train_crc'] != crc: raise ValueError(f'{folder} has a row of other images: use another folder')
+    precision = row['environments'][-1].get('precision', 'float32')
+    if precision != recipe.precision:
+        warnings.warn(f'{folder} is finished, in {precision}: for {recipe.precision} use another folder')
     return row
 
 # %% ../nbs/12d_runs.ipynb #20b1d2d4
@@ -257,12 +261,8 @@ def run(
         ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))
         if ranks.world > 1: ranks.first(lambda: load() and None)      # one of them downloads, and fills the cache
         job = _Job(recipe, out, *load(), execution, progress, stop_at)
-        found = ranks.first(lambda: _finished_row(out/recipe.key, job.crc))
-        if found:
-            precision = found['environments'][-1].get('precision', 'float32')
-            if precision != recipe.precision:
-                warnings.warn(f'{recipe.key} is finished, in {precision}: for {recipe.precision} use another folder')
-            return found
+        found = ranks.first(lambda: _finished_row(out/recipe.key, recipe, job.crc))
+        if found: return found
         row = _run(job)
         with own_folder(out/recipe.key, ranks): ranks.first(lambda: write_row(out/recipe.key, row))
         return row
