@@ -11,7 +11,8 @@ from balms.methods import METHODS, Method
 from balms.models import get_model
 from balms.recipe import Recipe
 from balms.rows import read_rows
-from balms.runs import run
+from balms.runs import evaluate, probabilities, run
+from balms.sigmoid import BalancedSigmoid
 from balms.weights import load_weights, read_metadata, read_tensors
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -221,6 +222,16 @@ def test_a_method_of_ones_own_is_measured_as_the_built_in(tmp_path, monkeypatch)
     monkeypatch.setitem(METHODS, 'my_ldam', Method('My LDAM', LDAM, head=CosineLinear))
     ours, mine = (run(Recipe(method=m, iters=60), tmp_path, device='cpu') for m in ('ldam', 'my_ldam'))
     assert all(ours[k] == mine[k] for k in ('overall', 'ece', 'nll', 'per_class', 'p_y'))
+
+
+def test_probabilities_are_those_of_the_loss():
+    "LDAM's classifier gives cosines: their softmax alone is nearly flat, and so a wrong answer about calibration"
+    cosines, targs, counts = torch.randn(50, 3).tanh(), torch.randint(3, (50,)), [9, 3, 1]
+    loss = LDAM(counts)
+    torch.testing.assert_close(probabilities(cosines, loss), (loss.s*cosines).softmax(1))
+    assert evaluate(cosines, targs, counts, loss) == evaluate(loss.s*cosines, targs, counts)
+    one_hot = BalancedSigmoid(counts)                                 # sigmoids of a row do not sum to 1
+    torch.testing.assert_close(probabilities(cosines, one_hot), cosines.sigmoid()/cosines.sigmoid().sum(1, keepdim=True))
 
 
 def test_one_process_of_git_at_most(tmp_path):
