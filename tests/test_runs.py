@@ -230,8 +230,8 @@ def test_probabilities_are_those_of_the_loss():
     loss = LDAM(counts)
     torch.testing.assert_close(probabilities(cosines, loss), (loss.s*cosines).softmax(1))
     assert evaluate(cosines, targs, counts, loss) == evaluate(loss.s*cosines, targs, counts)
-    one_hot = BalancedSigmoid(counts)                                 # sigmoids of a row do not sum to 1
-    torch.testing.assert_close(probabilities(cosines, one_hot), cosines.sigmoid()/cosines.sigmoid().sum(1, keepdim=True))
+    sigmoids = cosines.sigmoid()                                      # those of a row do not sum to 1
+    torch.testing.assert_close(probabilities(cosines, BalancedSigmoid(counts)), sigmoids/sigmoids.sum(1, keepdim=True))
 
 
 def test_one_process_of_git_at_most(tmp_path):
