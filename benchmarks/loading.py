@@ -23,7 +23,7 @@ from balms.lists import read_list
 from balms.packs import pack_images
 from balms.sampled_loader import resampled
 
-LIMIT = .7                                                              # of decoding with nothing sent
+LIMIT = .85                                                             # of decoding with nothing sent
 
 
 def photos(root, n):
