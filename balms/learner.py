@@ -84,7 +84,7 @@ def recipe_sampler(
 
 def _loaders(recipe, train, test, counts, execution, bs):
     "`DataLoaders` of a recipe, and its augmentation on the device"
-    ranks, device, power = execution.ranks, execution.device, METHODS[recipe.method].rates
+    ranks, device, power = execution.ranks, execution.device, METHODS[recipe.method].power
     n, rates = ranks.share(bs), None if power == 1 else sampling_rates(counts, power)
     if ranks.world > 1: test = test.subset(torch.arange(len(test)).tensor_split(ranks.world)[ranks.rank])
     if isinstance(train, ArrayDataset):

