@@ -103,7 +103,7 @@ def _forget_counters(net, keys):
     keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if not key.endswith('num_batches_tracked')]
 
 def _without_counters(net):
-    "Let batch normalisation not count its batches: nothing reads the number, and on a GPU it costs a kernel a layer"
+    "Let batch normalisation not count its batches: nothing reads the number, and it costs a kernel a layer"
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.momentum is not None: m.num_batches_tracked = None
     net.register_load_state_dict_post_hook(_forget_counters)     # in files that have them, and torch adds them to others
@@ -120,6 +120,7 @@ def _network(recipe, train, execution, weights):
     if head: replace_classifier(net, head(net.fc.in_features, train.c))
     return nn.SyncBatchNorm.convert_sync_batchnorm(net) if execution.sync_bn else _without_counters(net)
 
+# %% ../nbs/12cb_learner.ipynb #42cc4e28
 def recipe_learner(
     recipe:Recipe, # Of one stage, or of stage 2
     train, # Training images

@@ -20,7 +20,7 @@ SCORES = 'overall', 'many', 'medium', 'few', 'ece'                          # wh
 
 @lru_cache                                                                  # one process of git at most
 def _commit():
-    "The commit of the checkout that this code stands in, '-dirty' if it was changed since; else what is in BALMS_COMMIT"
+    "What BALMS_COMMIT says, or the commit of the checkout that this code is in, '-dirty' if it was changed since"
     checkout = Path(balms.__file__).resolve().parent.parent
     given = os.environ.get('BALMS_COMMIT')                                  # of a copy without its history
     if given or not (checkout/'nbs/12b_rows.ipynb').exists(): return given
