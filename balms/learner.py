@@ -106,7 +106,7 @@ def _without_counters(net):
     "Let batch normalisation not count its batches: nothing reads the number, and it costs a kernel a layer"
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.momentum is not None: m.num_batches_tracked = None
-    net.register_load_state_dict_post_hook(_forget_counters)     # in files that have them, and torch adds them to others
+    net.register_load_state_dict_post_hook(_forget_counters)     # files have them, and torch adds them where not
     return net
 
 def _network(recipe, train, execution, weights):
