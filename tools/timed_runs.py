@@ -76,8 +76,9 @@ class Worker:
         began, two_stages = time.monotonic(), recipe != recipe.stage1 and self.done(recipe.stage1)
         row = self.run(recipe)
         took = time.monotonic() - began
-        if two_stages and recipe.iters2: self.step2 = max(self.step2 or 0., (took - self.setup)/recipe.iters2)
-        elif recipe == recipe.stage1: self.step = row['seconds']/recipe.iters
+        if recipe == recipe.stage1: self.step = min(self.step, row['seconds']/recipe.iters)
+        elif not recipe.iters2: self.setup = max(self.setup, took)
+        elif two_stages: self.step2 = max(self.step2 or 0., (took - self.setup)/recipe.iters2)
         print(f'{recipe.method:18} seed {recipe.seed}  {row["overall"]:6.2f}  {took:6.1f} s', flush=True)
 
     def work(self, seeds):
@@ -126,7 +127,8 @@ def options():
 def main():
     a, began = options(), time.monotonic()
     if a.worker is not None:
-        Worker(a, began + a.seconds).work(range(a.worker, a.seeds, a.workers))
+        try: Worker(a, began + a.seconds).work(range(a.worker, a.seeds, a.workers))
+        except Interrupted as e: print(e)
         return 0
     Path(a.out).mkdir(parents=True, exist_ok=True)
     if a.models and Path(a.models).exists(): unpack(a.models, a.out)
