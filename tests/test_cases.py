@@ -346,3 +346,13 @@ def test_ece_of_batches_is_that_of_the_whole():
     probs, targs = learn.get_preds()
     assert learn.recorder.values[0][-1] == pytest.approx(ece(probs, targs).item(), abs=1e-6)
     assert not any(len(v) > 15 for v in vars(learn.metrics[0]).values() if torch.is_tensor(v))
+
+
+def test_a_detector_of_one_class():
+    "Its regions say 1 for the class and 0 for background; the loss of one logit takes no indices"
+    from types import SimpleNamespace
+    from balms.detector import LossHeads
+    logits, labels = torch.randn(6, 1), torch.tensor([0, 1, 1, 0, 0, 1])
+    loss = BalancedSigmoid([3], total=40, reduction='none')
+    heads = SimpleNamespace(loss_func=loss, box_predictor=SimpleNamespace(background=False), row_weights=None)
+    assert torch.equal(LossHeads.class_loss(heads, logits, labels), loss(logits, labels.float()[:, None]).mean())
