@@ -55,13 +55,14 @@ def read_labels(
     if hasattr(x, 'dataset') and hasattr(x, 'drop_last'): return _of_loader(x, read_labels(x.dataset))
     if hasattr(x, 'tls'): return _of_fastai(x.tls[x.n_inp:])        # fastai's `Datasets`
     if hasattr(x, 'ys'): return as_tensor(x.ys)                     # and its tables
-    for name in ('targets', 'labels', '_labels'):                   # torchvision's data sets, and ours
+    for name in ('targets', 'labels', '_labels', 'reader'):         # torchvision's data sets, ours, and timm's
         if getattr(x, name, None) is not None: return _of_dataset(x, read_labels(getattr(x, name)))
     if hasattr(x, 'dataset'):
         labels = read_labels(x.dataset)
         if hasattr(x, 'indices'): labels = labels[torch.as_tensor(list(x.indices))]                     # `Subset`
         return _of_dataset(x, labels)
     if hasattr(x, 'datasets'): return _of_dataset(x, torch.cat([read_labels(d) for d in x.datasets]))
+    if hasattr(x, 'samples'): return torch.as_tensor([sample[1] for sample in x.samples])
     try:
         if isinstance(x, Dataset): raise TypeError('its labels could only be found by reading every item')
         return as_tensor(x if hasattr(x, '__array__') else list(x))
@@ -287,7 +288,7 @@ class ClassificationLoss(nn.Module):
         return x.argmax(self.class_axis(x))
 
 # %% ../nbs/00_core.ipynb #55d0e292
-class BalancedSoftmax(ClassificationLoss):
+class BalancedSoftmax(ClassificationLoss, nn.CrossEntropyLoss):  # the latter tells libraries that these are logits
     "Balanced Softmax (Ren et al. 2020, Eq. 4): cross-entropy of logits + log n; plain cross-entropy after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,); see `class_counts`

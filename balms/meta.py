@@ -263,7 +263,7 @@ def load_state_dict(self:MetaCallback, state:dict): # From `state_dict`
 class MetaSampler(MetaCallback):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
     def __init__(self,
-        estimator:str='gumbel', # 'gumbel', the paper's straight-through one, or 'expected', exact in expectation
+        estimator:str='expected', # 'expected', or 'gumbel': straight-through, with a soft draw of a class
         temperature:float=1., # Of the soft draws of 'gumbel'
         **kwargs # Of `MetaReweighter`
     ):

@@ -74,7 +74,7 @@ def rate_gradient(
     credit:Tensor, # Derivative of the meta loss by the weight of each sample (b,)
     classes:Tensor, # Their classes (b,)
     rates:Tensor, # The rates they were drawn by (k,)
-    estimator:str='gumbel', # A name in `ESTIMATORS`
+    estimator:str='expected', # A name in `ESTIMATORS`
     temperature:float=1., # Of the soft draws
     uniform=None, # Function of a shape that gives uniform numbers in 0..1; default: PyTorch's
 ) -> Tensor: # (k,)

@@ -1,6 +1,5 @@
 """What people's own data and loops broke elsewhere, tried on this package: the case, the public thread where it was
 reported, what was done before (in the docstring), and what has to be done (in the test). Nothing is downloaded."""
-import io
 from collections import Counter
 from functools import partial
 
@@ -113,7 +112,7 @@ LABELS = pd.Series([0]*3 + [1] + [2]*7)
     LABELS.value_counts(), LABELS.value_counts(ascending=True), Counter(LABELS), {2: 7, 1: 1, 0: 3},
     Counter(torch.tensor(LABELS)), LABELS.groupby(LABELS).size()[::-1]], ids=str)
 def test_counts_with_their_classes(counts):
-    "logit-adj-pytorch#2, banner#2, fastbook#410: value_counts was taken in the order of frequency, [3, 1, 7] as [7, 3, 1]"
+    "logit-adj-pytorch#2, banner#2, fastbook#410: value_counts was taken by frequency, [3, 1, 7] as [7, 3, 1]"
     want = [3, 1, 7]
     assert torch.equal(log_prior(counts), log_prior(want))
     assert torch.equal(log_odds_prior(counts), log_odds_prior(want))
@@ -174,7 +173,8 @@ class Items(Dataset):
 def test_target_transform(transform, want):
     "fastai#3706: the labels of the files were counted, not those that target_transform makes of them"
     ds = Items(transform)
-    for part in (ds, DataLoader(ds), Subset(ds, range(8)), ConcatDataset([ds]), DataLoader(ds, sampler=RandomSampler(ds))):
+    shuffled = DataLoader(ds, sampler=RandomSampler(ds))
+    for part in (ds, DataLoader(ds), Subset(ds, range(8)), ConcatDataset([ds]), shuffled):
         assert class_counts(part).tolist() == want
     drawn = [int(torch.as_tensor(y).argmax()) if torch.is_tensor(y) else y for _, y in ds]
     assert class_counts(drawn).tolist() == want
@@ -223,7 +223,7 @@ def test_labels_of_other_items():
 # values that are not probabilities
 
 def test_logits_in_place_of_probabilities_and_back():
-    "torchmetrics#974, small-text#39: ece of logits was 8.0; and get_preds() of fastai, probabilities, was taken as logits"
+    "torchmetrics#974, small-text#39: ece of logits was 8.0; get_preds() of fastai, probabilities, passed as logits"
     logits, y = 5*torch.randn(40, 4), torch.randint(4, (40,))
     for score in (lambda p: ece(p, y), lambda p: reliability(p, y), marginal_likelihood, estimate_prior):
         score(logits.softmax(1))

@@ -86,11 +86,11 @@ class Fail(Callback):
 
 # --- one step, beside the definitions
 
-def one_step(cls):
+def one_step(cls, **kwargs):
     "One step of a callback on float64 features, and what the training batch and the classifier were before"
     ds, model = bank(), linear().double()
     ds.images = ds.images.double()
-    cb = cls(lr=.01, seed=3, inner='sgd')
+    cb = cls(lr=.01, seed=3, inner='sgd', **kwargs)
     class Before(Callback):
         order, run_valid = 61, False
         def before_batch(self):
@@ -112,7 +112,7 @@ def second_order(ds, before, w, weights):
 
 
 def test_a_step_of_the_sampler_is_the_papers_construction():
-    ds, cb, before = one_step(MetaSampler)
+    ds, cb, before = one_step(MetaSampler, estimator='gumbel')
     rates, y = ClassRates(COUNTS).rates(), before.labels
     noise = torch.rand(16, 4, generator=torch.Generator().manual_seed(5))
     soft = soft_draw(y, rates, noise=noise).double()
@@ -387,7 +387,7 @@ def test_settings_arrive():
     torch.testing.assert_close(cb.psi.log_n, torch.zeros(4))
     grads = []
     for temperature in (1., .3):
-        cb = MetaSampler(temperature=temperature)
+        cb = MetaSampler(estimator='gumbel', temperature=temperature)
         fit(learner(bank(), linear(), n=3, lr=.3), cbs=[cb])
         grads.append(cb.psi.w.grad)
     assert not torch.allclose(*grads)
@@ -406,7 +406,7 @@ RANKS = '''
     if world > 1: dist.init_process_group('gloo', init_method=f'file://{{store}}', rank=rank, world_size=world)
     res = {{}}
     for make in (linear, lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), linear(1, 8))):
-        for cls in (MetaSampler, MetaReweighter, partial(MetaSampler, estimator='expected')):
+        for cls in (MetaSampler, MetaReweighter, partial(MetaSampler, estimator='gumbel')):
             torch.manual_seed(0)
             model, cb, ds = make().double(), cls(lr=.1), bank()
             ds.images = ds.images.double()
@@ -439,7 +439,7 @@ def test_two_ranks_hold_the_same_rates_and_those_of_one_process_with_the_joint_b
         for p, q in zip(a[i][1], one[i][1]): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.cuda
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('backprop', ['closed', 'autograd'])
 def test_mixed_precision_on_cuda(precision, backprop):
