@@ -25,6 +25,8 @@ def read_labels(
         labels = read_labels(x.dataset)
         return labels[torch.as_tensor(list(x.indices))] if hasattr(x, 'indices') else labels
     if hasattr(x, 'datasets'): return torch.cat([read_labels(d) for d in x.datasets])
+    if hasattr(x, 'reader'): return read_labels(x.reader)           # timm's data sets: (file, label), ...
+    if hasattr(x, 'samples'): return torch.as_tensor([sample[1] for sample in x.samples])
     try:
         if isinstance(x, Dataset): raise TypeError('its labels could only be found by reading every item')
         return torch.as_tensor(x if hasattr(x, '__array__') else list(x))
@@ -206,7 +208,7 @@ class ClassificationLoss(nn.Module):
         return x.argmax(self.class_axis(x))
 
 # %% ../nbs/00_core.ipynb #55d0e292
-class BalancedSoftmax(ClassificationLoss):
+class BalancedSoftmax(ClassificationLoss, nn.CrossEntropyLoss):  # the latter tells libraries that these are logits
     "Balanced Softmax (Ren et al. 2020, Eq. 4): cross-entropy of logits + log n; plain cross-entropy after `.eval()`."
     def __init__(self,
         counts, # Samples a class in the training set, (k,); see `class_counts`

@@ -541,7 +541,7 @@ def test_two_ranks_hold_the_same_rates_and_those_of_one_process_with_the_joint_b
         for p, q in zip(a[i][1], one[i][1]): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.cuda
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('backprop', ['closed', 'autograd'])
 def test_mixed_precision_on_cuda(precision, backprop):
