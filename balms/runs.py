@@ -163,8 +163,8 @@ def evaluate(
 # %% ../nbs/12d_runs.ipynb #054664bb
 def _test_logits(learn, ranks):
     "Logits and labels of all test images; each process computes those of its part"
-    if ranks.world == 1:
-        with learn.no_bar(): return learn.get_preds(act=noop)
+    if ranks.world == 1:                                              # a few batches do not pay for compiling
+        with learn.no_bar(), torch.compiler.set_stance('force_eager'): return learn.get_preds(act=noop)
     amp = getattr(learn, 'mixed_precision', None)
     learn.model.eval()
     with torch.no_grad(), getattr(amp, 'autocast', None) or nullcontext():
