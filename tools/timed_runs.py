@@ -141,7 +141,7 @@ def main():
         pool.shutdown(wait=True, cancel_futures=True)
     keep(a)
     for row in read_rows(a.out):
-        scores = '  '.join(f'{name} {row[name]:6.2f}' for name in ('overall', 'many', 'medium', 'few') if name in row)
+        scores = '  '.join(f'{name} {row[name]:6.2f}' for name in ('overall', 'many', 'medium', 'few') if row.get(name) is not None)
         print(f'{row["key"]:48} {scores}  {row["seconds"]:7.1f} s')
 
 
