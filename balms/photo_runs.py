@@ -117,10 +117,9 @@ def _take_steps(learn, recipe, counts, lr, iters):
 
 def _learner(recipe, bank, counts, fc, iters, device):
     "A `Learner` of a classifier on a bank of features"
-    method, rates = METHODS[recipe.method], None
-    if method.rates != 1: rates = sampling_rates(counts, method.rates)
-    if rates is None: sampler = ShuffledIndices(len(bank), recipe.seed)
-    else: sampler = ClassSampler(bank, rates, recipe.seed, bank.c, device=device)
+    method = METHODS[recipe.method]
+    if method.power == 1: sampler = ShuffledIndices(len(bank), recipe.seed)
+    else: sampler = ClassSampler(bank, sampling_rates(counts, method.power), recipe.seed, bank.c, device=device)
     dls = array_dls(bank, bank, recipe.bs, sampler=sampler, n_batches=iters, seed=recipe.seed, device=device)
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, nesterov=recipe.nesterov,
                   weight_decay=recipe.wd)
