@@ -213,13 +213,14 @@ def _photo_recipes(args) -> list:
     if idle := sorted({*given} - used): raise ValueError(f'{", ".join(idle)}: none of these methods has a use for it')
     return made
 
-# %% ../nbs/13_cli.ipynb #01ae4f8d
+# %% ../nbs/13_cli.ipynb #4bb00244
 def _tune(recipes, args, device) -> list:
     "Fine-tune a network by each of the recipes, and give back the rows"
     from balms.photo_runs import recipe_photos
     from balms.photos import describe_photos
     from balms.runs import run
     photos, rows = recipe_photos(recipes[0]), []
+    photos.splits[photos.splits == 'valid'] = 'train'                            # nothing is chosen
     if _is_first(): print(describe_photos(photos), flush=True)
     for i, r in enumerate(recipes, 1):
         r = r.with_steps(len(photos) - photos.counts('test').sum())

@@ -41,7 +41,7 @@ from .weights import save_model
 # %% ../nbs/12db_photo_runs.ipynb #26d7479d
 UNUSED = 'imbalance', 'warmup', 'warmup_lr', 'augment', *STAGE2_FIELDS, *RATE_FIELDS   # by some kinds of runs on photos
 _frozen = dict(size=224, views=2, bs=256, wd=5e-4, momentum=.9, nesterov=True)
-_tuned = dict(size=224, bs=32, lr=.01, warmup=100, warmup_lr=.001, wd=5e-4, momentum=.9, nesterov=True,
+_tuned = dict(size=224, bs=32, lr=.01, warmup=20, warmup_lr=.001, wd=5e-4, momentum=.9, nesterov=True,
               augment='window')
 _second = dict(iters2=300, lr2=.01, views=1, bn_drift=False, bs2=256)          # a classifier on the tuned features
 _learned_rates = dict(meta_lr=.01, meta_beta2=.99, init_pow=0.)
