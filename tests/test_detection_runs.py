@@ -59,7 +59,7 @@ def test_a_class_without_images_is_named_and_can_be_given_a_count(scenes, tmp_pa
     (tmp_path/'t.json').write_text(json.dumps(train))
     (tmp_path/'v.json').write_text(json.dumps(valid))
     where = dict(train=tmp_path/'t.json', valid=tmp_path/'v.json', images=scenes, out=tmp_path/'runs')
-    with pytest.raises(ValueError, match=r'\[10\]'): run_detection(recipe('bs'), **where)
+    with pytest.raises(ValueError, match="'unseen'"): run_detection(recipe('bs'), **where)
     assert run_detection(recipe('bs', min_images=.5), **where)['per_class'][10] is None
     (tmp_path/'v.json').write_text(json.dumps(dict(valid, info=dict(year=2026))))
     with pytest.raises(ValueError, match='valid_crc'): run_detection(recipe('bs', min_images=.5), **where)
