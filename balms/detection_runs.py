@@ -82,7 +82,7 @@ def _fit_in_folder(job, learn, recipe, iters, lr_at, cbs, stop_at):
     if ranks.world > 1:
         torch.manual_seed(mixed_seed(recipe.seed, ranks.rank))       # regions and sizes of its own for each
         cbs = [*cbs, Distributed()]
-    metadata = dict(classes=job.train.names, recipe=recipe.to_row())
+    metadata = dict(classes=job.train.names, category_ids=job.train.cat_ids, recipe=recipe.to_row())
     options = dict(metadata=metadata, progress=job.progress, stop_at=stop_at)
     return fit_stage(learn, recipe, job.out/recipe.key, iters, lr_at, job.train_crc, job.execution, cbs, **options)
 
@@ -186,13 +186,13 @@ def run_detection(
     train, # Annotation file of the training images, or `Annotations`
     valid, # That of the images to measure AP on
     images=None, # Folder of the photos, or several; not for `Annotations`, which have theirs
-    valid_images=None, # That of the validation photos; default: `images`
     out='runs/detection', # Folder for models, checkpoints and rows, one folder a run
     device=None, # Default: CUDA if there is one, and one GPU a process where `torchrun` has started several
     progress:bool=False, # Say where training stands
     stop_at:int=None, # Stop after this step (of both stages together) and raise `Interrupted`, as Ctrl-C does
     workers:int=0, # Processes that read photos
     every:float=300., # Seconds between two checkpoints
+    valid_images=None, # That of the validation photos; default: `images`
     orient:bool=False, # Turn photos as their orientation tags say
     results:bool=False, # Also write all detections, `results.json` in LVIS's form
 ) -> dict: # The row: AP in %, and what it is of
