@@ -109,7 +109,7 @@ RULES = dict(
         ('segmentation', 'is one flat list of numbers, but a list of polygons is needed, [[x, y, x, y, ...], ...]',
          _any_polygon(lambda polygon: isinstance(polygon, (int, float)))),
         ('segmentation', 'has points as lists of their own, but a polygon is flat, [x, y, x, y, ...]',
-         _any_polygon(lambda polygon: isinstance(polygon, list) and any(isinstance(p, (list, dict)) for p in polygon[:1]))),
+         _any_polygon(lambda polygon: any(isinstance(p, (list, dict)) for p in polygon[:1]))),
         ('segmentation', 'has a polygon with an odd number of values', _any_polygon(lambda polygon: len(polygon) % 2)),
         ('segmentation', 'has a polygon with values that are not finite numbers',
          _any_polygon(lambda polygon: not isfinite(sum(polygon)))),
@@ -119,7 +119,7 @@ RULES = dict(
          lambda s, a, file: not _fits(s, file.sizes[a['image_id']])),
     ])
 
-# %% ../nbs/13a_annotation_rules.ipynb #234a4373
+# %% ../nbs/13a_annotation_rules.ipynb #f90bf706
 BOX_FORMS = { # From four columns to x1, y1, x2, y2
     'x, y, width, height': lambda a, b, c, d: (a, b, a + c, b + d),
     'x1, y1, x2, y2': lambda a, b, c, d: (a, b, c, d),
@@ -148,7 +148,8 @@ def box_form_fault(
     shares = {form: is_elsewhere(boxes, outlines, form).mean() for form in BOX_FORMS}
     best = min(shares, key=shares.get)
     hint = f'. As {best} they would be' if shares[best] < .1 else ''
-    return [f'annotations, bbox is not x, y, width, height: {n:,} of {len(boxes):,} are not around their outlines{hint}']
+    many = f'{n:,} of {len(boxes):,}'
+    return [f'annotations, bbox is not x, y, width, height: {many} are not around their outlines{hint}']
 
 # %% ../nbs/13a_annotation_rules.ipynb #f78c7171
 def _rectangle_fault(boxes, sizes):
@@ -237,7 +238,7 @@ def load_annotation_file(
     if not content['categories']: raise ValueError(f'{path} has no categories')
     return content
 
-# %% ../nbs/13a_annotation_rules.ipynb #b0d5a646
+# %% ../nbs/13a_annotation_rules.ipynb #d2381e36
 def with_rectangles(
     content:dict, # Of an annotation file
 ) -> dict: # The same, with rectangles for outlines
@@ -245,5 +246,6 @@ def with_rectangles(
     def rectangle(a):
         try: x, y, w, h = map(float, a['bbox'])
         except (KeyError, TypeError, ValueError): return a                  # a fault, which will be found
-        return {**a, 'area': w*h if w > 0 and h > 0 else 0., 'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+        return {**a, 'area': w*h if w > 0 and h > 0 else 0., 'segmentation': [corners]}
     return {**content, 'annotations': [rectangle(a) for a in content['annotations']]}

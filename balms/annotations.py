@@ -175,7 +175,7 @@ def read_annotations(
         content, files = _without(content, set(skipped)), [file for file in files if file]
     annotations = Annotations(content, path, files, skipped, orient)
     if n := annotations.dropped['outline']:
-        warnings.warn(f'{n:,} instances of {path} have no outline and are left out: boxes=True (--boxes) takes boxes alone')
+        warnings.warn(f'{n:,} instances of {path} have no outline and are left out: boxes=True takes boxes alone')
     return annotations
 
 # %% ../nbs/14_annotations.ipynb #5f7cec0b
@@ -240,7 +240,7 @@ def _mask_corners(mask):
     y, x = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     return x[0], y[0], x[-1] + 1, y[-1] + 1
 
-def _decode(a, i):
+def _decode_image(a, i):
     "What goes wrong when the photo and the masks of image `i` are decoded; {row: corners of its mask}"
     problems, corners = [], {}
     try: a.files[i] and a.photo(i)
@@ -255,7 +255,7 @@ def _decode(a, i):
 def _decode_all(a, num_workers):
     "(problems, doubts)"
     with ThreadPool(num_workers or os.cpu_count()) as pool:
-        parts = list(pool.imap(lambda i: _decode(a, i), range(len(a)), chunksize=16))
+        parts = list(pool.imap(lambda i: _decode_image(a, i), range(len(a)), chunksize=16))
     problems, corners = sum((part for part, _ in parts), []), {row: c for _, part in parts for row, c in part.items()}
     if not corners: return problems, []
     rows, corners = list(corners), list(corners.values())
@@ -263,7 +263,7 @@ def _decode_all(a, num_workers):
     ids = a.ids[rows][torch.from_numpy(is_elsewhere(a.boxes[rows], corners))].tolist()
     return problems, [summary_line('annotations, the box is not around the mask', ids)]*bool(ids)
 
-# %% ../nbs/14_annotations.ipynb #52202101
+# %% ../nbs/14_annotations.ipynb #2a83cebd
 def _photo_report(a, orient):
     "(how many there are, problems) of photos that are not decoded"
     there = [i for i, file in enumerate(a.files) if file]
@@ -273,6 +273,7 @@ def _photo_report(a, orient):
     if tagged: text += f'; {summary_line("with an orientation tag, which is not obeyed", tagged)}'
     return text, size_faults(files, a.sizes[there], orient)
 
+# %% ../nbs/14_annotations.ipynb #bdce4252
 def check_annotations(
     path, # Annotation file
     images=None, # Folder of the photos, or several; None: they are not looked for
@@ -302,7 +303,7 @@ def check_annotations(
     lines = [*_summary(a), photos + ', decoded with their masks'*decode, *(f'worth a look: {line}' for line in doubts)]
     return ListReport(path.name, lines, problems)
 
-# %% ../nbs/14_annotations.ipynb #728db531
+# %% ../nbs/14_annotations.ipynb #01ff4036
 @patch
 def check_photos(self:Annotations):
     "Raise `ValueError` for photos of another size than the file says, and for boxes that are not x, y, width, height."

@@ -12,23 +12,32 @@ from .cli import exit_status
 from .detection_recipe import SEG_PRESETS, DetectionRecipe, unused_fields
 from .recipe import recipe_options
 
-# %% ../nbs/14ea_detection_cli.ipynb #8cf74fa1
+# %% ../nbs/14ea_detection_cli.ipynb #6d4ebdf5
 def _numbers(text):
     "Whole numbers with commas between them"
     return tuple(map(int, text.split(',')))
 
-def _places(values):
+def _folders(values):
     "Folders, of which several may stand in one argument with commas between them"
     return [place for value in values for place in ([value] if Path(value).exists() else value.split(','))]
 
+def _add_recipe_options(group):
+    "An option for each field of a recipe"
+    for name, kind, default, text in recipe_options(DetectionRecipe):
+        if name in ('data', 'method', 'seed'): continue              # these have options of their own
+        how = dict(type=_numbers if kind is tuple else kind, metavar='N,N' if kind is tuple else kind.__name__)
+        if kind is bool: how = dict(action='store_true')
+        group.add_argument('--' + name.replace('_', '-'), default=default, help=text.replace('%', '%%'), **how)
+
+# %% ../nbs/14ea_detection_cli.ipynb #adb5610b
 def _lvis_parser():
-    p = argparse.ArgumentParser('balms_lvis', description='Train and compare methods on LVIS, or on boxes and masks of '
-                                "your own, in its form or COCO's.")
+    text = "Train and compare methods on LVIS, or on boxes and masks of your own, in its form or COCO's."
+    p = argparse.ArgumentParser('balms_lvis', description=text)
     add = p.add_argument
     add('train', help='annotation file of the training photos')
     add('valid', help='that of the photos to measure AP on')
     add('images', nargs='+', help='folder of the photos, or several')
-    add('--valid-images', nargs='+', metavar='DIR', help='folder of the validation photos, if they have names in common')
+    add('--valid-images', nargs='+', metavar='DIR', help='folder of the validation photos  [that of all photos]')
     add('--method', nargs='+', default=['bs'], metavar='M',
         help='one or several of softmax sigmoid focal class_balanced ldam lws eql bs balms  [bs]')
     add('--data', help='what the data are called in rows and tables  [lvis_v0.5 if they are, else the name of TRAIN]')
@@ -41,15 +50,10 @@ def _lvis_parser():
     add('--size', type=int, help='short side of the photos, in place of --min-size and --max-size')
     add('--orient', action='store_true', help='turn photos as their orientation tags say')
     add('--results', action='store_true', help="also write all detections, results.json in LVIS's form")
-    own = p.add_argument_group("the recipe  [what is left out: the preset's]")
-    for name, kind, default, text in recipe_options(DetectionRecipe):
-        if name in ('data', 'method', 'seed'): continue              # these have options of their own
-        how = dict(type=_numbers if kind is tuple else kind, metavar='N,N' if kind is tuple else kind.__name__)
-        if kind is bool: how = dict(action='store_true')
-        own.add_argument('--' + name.replace('_', '-'), default=default, help=text.replace('%', '%%'), **how)
+    _add_recipe_options(p.add_argument_group("the recipe  [what is left out: the preset's]"))
     return p
 
-# %% ../nbs/14ea_detection_cli.ipynb #bf78e915
+# %% ../nbs/14ea_detection_cli.ipynb #b171c612
 def _given(args, train):
     "The fields of a recipe that the options say"
     names = [name for name, *_ in recipe_options(DetectionRecipe) if name not in ('data', 'method', 'seed')]
@@ -80,8 +84,8 @@ def _detection_recipes(args, train):
         raise ValueError(f'{", ".join(idle)}: none of the methods {", ".join(args.method)} has a use for it')
     return made
 
-# %% ../nbs/14ea_detection_cli.ipynb #fc2a10fe
-def _report(args, recipes, rows, names):
+# %% ../nbs/14ea_detection_cli.ipynb #221f2e0c
+def _print_tables(args, recipes, rows, names):
     "Print the table of the rows, and AP of each class; also as CSV"
     from balms.detection_results import class_table
     from balms.detection_runs import detection_table
@@ -96,39 +100,42 @@ def _report(args, recipes, rows, names):
 def balms_lvis(
     argv=None, # Arguments; default: those of the command line
 ):
-    "Train and compare methods on LVIS, or on boxes and masks of your own. Exit status: 0 done, 2 bad input, 130 stopped."
+    "Train and compare on LVIS, or boxes and masks of your own. Exit status: 0 done, 2 bad input, 130 stopped."
     args = _lvis_parser().parse_args(argv)
     args.method = [name for value in args.method for name in value.split(',')]
     with exit_status('balms_lvis'):
         from balms.annotations import read_annotations
         from balms.detection_runs import run_detection
-        for name in args.method: DetectionRecipe('own', name, args.preset)            # raises before a large file is read
-        how, folders = dict(orient=args.orient, boxes=args.boxes_only), _places(args.images)
+        for name in args.method: DetectionRecipe('own', name, args.preset)    # raises before a large file is read
+        how, folders = dict(orient=args.orient, boxes=args.boxes_only), _folders(args.images)
         train = read_annotations(args.train, folders, **how)
-        valid = read_annotations(args.valid, _places(args.valid_images or []) or folders, **how)
+        valid = read_annotations(args.valid, _folders(args.valid_images or []) or folders, **how)
         recipes, rows, is_first = _detection_recipes(args, train), [], int(os.environ.get('RANK') or 0) == 0
         if is_first: print(train, valid, sep='\n')
         for i, r in enumerate(recipes, 1):
-            row = run_detection(r, train, valid, out=args.out, device=args.device, progress=True, workers=args.workers,
-                                results=args.results)
+            how = dict(out=args.out, device=args.device, workers=args.workers, results=args.results)
+            row = run_detection(r, train, valid, progress=True, **how)
             rows.append(row)
             scores = ', '.join(f'{k} {row[k]:.1f}' for k in ('AP', 'APr', 'APb') if row[k] is not None)
             done = f'{r.data} {r.method} seed {r.seed}: {scores} in {row["seconds"]:.0f} s'
             if is_first: print(f'[{i}/{len(recipes)}] {done}', flush=True)
-        if is_first: _report(args, recipes, rows, train.names)
+        if is_first: _print_tables(args, recipes, rows, train.names)
 
-# %% ../nbs/14ea_detection_cli.ipynb #57672803
+# %% ../nbs/14ea_detection_cli.ipynb #70011dce
+def _score_parser():
+    p = argparse.ArgumentParser('balms_lvis_score', description="AP of a result file of LVIS's or COCO's form, in %.")
+    p.add_argument('valid', help='annotation file, the truth')
+    p.add_argument('results', help='result file (JSON): image_id, category_id, score, bbox, segmentation')
+    p.add_argument('--train', help='annotation file of the training photos, whose counts make the groups of classes')
+    p.add_argument('--boxes-only', action='store_true', help='AP of boxes alone')
+    p.add_argument('--max-dets', type=int, default=300, help='detections an image, -1: no limit  [300]')
+    return p
+
 def balms_lvis_score(
     argv=None, # Arguments; default: those of the command line
 ):
     "AP of a result file. Exit status: 0 done, 2 bad input."
-    p = argparse.ArgumentParser('balms_lvis_score', description="AP of a result file of LVIS's or COCO's form, in %.")
-    p.add_argument('valid', help='annotation file, the truth')
-    p.add_argument('results', help='result file (JSON): image_id, category_id, score, bbox, segmentation')
-    p.add_argument('--train', help='annotation file of the training photos, whose counts make rare, common and frequent')
-    p.add_argument('--boxes-only', action='store_true', help='AP of boxes alone')
-    p.add_argument('--max-dets', type=int, default=300, help='detections an image, -1: no limit  [300]')
-    args = p.parse_args(argv)
+    args = _score_parser().parse_args(argv)
     with exit_status('balms_lvis_score'):
         from balms.annotations import read_annotations
         from balms.detection_results import score_results
@@ -139,24 +146,29 @@ def balms_lvis_score(
         print('  '.join(f'{name} {shown(v)}' for name, v in scores.items()))
         if valid.c <= 30: print('\n'.join(f'{name:20} {shown(v):>5}' for name, v in zip(valid.names, per_class)))
 
-def balms_lvis_predict(
-    argv=None, # Arguments; default: those of the command line
-):
-    "Find objects on photos with a trained detector, and draw them. Exit status: 0 done, 2 bad input."
-    p = argparse.ArgumentParser('balms_lvis_predict', description='Find objects on photos with a detector of balms_lvis.')
+# %% ../nbs/14ea_detection_cli.ipynb #490ef7e3
+def _predict_parser():
+    text = 'Find objects on photos with a trained detector of balms_lvis, and draw them.'
+    p = argparse.ArgumentParser('balms_lvis_predict', description=text)
     p.add_argument('run', help='folder of a finished run')
     p.add_argument('photos', nargs='+', help='photos, or folders of them')
     p.add_argument('--out', default='found', help='folder for detections.json and the pictures  [found]')
     p.add_argument('--thresh', type=float, default=.5, help='leave out detections of a lower score  [0.5]')
     p.add_argument('--device', default='cpu', help='cpu or cuda  [cpu]')
     p.add_argument('--no-draw', action='store_true', help='no pictures')
-    args = p.parse_args(argv)
+    return p
+
+def balms_lvis_predict(
+    argv=None, # Arguments; default: those of the command line
+):
+    "Find objects on photos with a trained detector, and draw them. Exit status: 0 done, 2 bad input."
+    args = _predict_parser().parse_args(argv)
     with exit_status('balms_lvis_predict'):
         from balms.detection_results import predict_photos
         found = predict_photos(args.run, args.photos, args.out, args.thresh, args.device, not args.no_draw)
         print(f'{len(found):,} objects: {Path(args.out)/"detections.json"}')
 
-# %% ../nbs/14ea_detection_cli.ipynb #85f5e010
+# %% ../nbs/14ea_detection_cli.ipynb #2fc59d4a
 #| eval: false
 if __name__ == '__main__':
     commands, word = dict(score=balms_lvis_score, predict=balms_lvis_predict), (sys.argv[1:] or [''])[0]

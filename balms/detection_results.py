@@ -25,7 +25,7 @@ from .recipe_network import detection_network
 from .tables import format_cell, mean_se
 from .weights import read_metadata, read_tensors
 
-# %% ../nbs/14e1_detection_results.ipynb #f8831b43
+# %% ../nbs/14e1_detection_results.ipynb #4465c1f9
 def class_table(
     rows:list, # Rows of `run_detection` on the same files
     names:list, # Of the classes
@@ -33,7 +33,8 @@ def class_table(
 ) -> str:
     "AP of each class by name, from common to rare, for each method."
     n, groups = rows[0]['image_counts'], rows[0]['groups']
-    if any(len(row['per_class']) != len(names) for row in rows): raise ValueError(f'The rows are not of {len(names)} classes')
+    if any(len(row['per_class']) != len(names) for row in rows):
+        raise ValueError(f'The rows are not of {len(names)} classes')
     by_method = {}
     for row in rows: by_method.setdefault(row['recipe']['method'], []).append(row['per_class'])
     lines = [['class', 'group', 'training images', *by_method]]
@@ -65,7 +66,7 @@ def score_results(
     scores = {name: percent(v) for name, v in ap.compute().items()}
     return scores, [percent(v) for v in ap.per_class[kinds[0]].tolist()]
 
-# %% ../nbs/14e1_detection_results.ipynb #d99fe4fc
+# %% ../nbs/14e1_detection_results.ipynb #75811e4c
 def load_detection_run(
     folder, # Of a finished run, with `model.safetensors`
 ) -> tuple: # The detector in evaluation mode, and what its file says: `classes`, `category_ids`, `recipe`
@@ -73,7 +74,7 @@ def load_detection_run(
     path = Path(folder).expanduser()/'model.safetensors'
     if not path.is_file(): raise FileNotFoundError(f'No {path}: give the folder of a finished run')
     about = read_metadata(path)
-    if 'classes' not in about or 'rois' not in about.get('recipe', {}): raise ValueError(f'{path} is no model of balms_lvis')
+    if 'rois' not in about.get('recipe', {}): raise ValueError(f'{path} is no model of balms_lvis')
     recipe = DetectionRecipe(**about['recipe'] | dict(weights='none'))
     method, k = SEG_METHODS[recipe.method], len(about['classes'])
     with torch.random.fork_rng([]): net = detection_network(recipe, torch.ones(k), k + 1)     # scores know no counts
@@ -81,6 +82,7 @@ def load_detection_run(
     net.load_state_dict(read_tensors(path))
     return net.eval(), about
 
+# %% ../nbs/14e1_detection_results.ipynb #9a39465e
 def _draw(image, found, names, thresh, path):
     "Save a picture of a photo, pixel for pixel, with what was found"
     h, w = image.shape[1:]
@@ -89,10 +91,26 @@ def _draw(image, found, names, thresh, path):
     fig.savefig(path)
     plt.close(fig)
 
+def _photo_files(photos):
+    "Photos in files and folders, all of which can be opened"
+    files = []
+    for place in map(Path, photos if isinstance(photos, (list, tuple)) else [photos]):
+        place = place.expanduser()
+        if not place.exists(): raise FileNotFoundError(f'There is no {place}')
+        files += [place] if place.is_file() else sorted(get_image_files(place))
+    if not files: raise ValueError(f'No photos in {photos}')
+    faults = []
+    for file in files:
+        try: stored_size(file)
+        except ValueError as e: faults.append(str(e))
+    if faults: raise ValueError('\n'.join(faults[:10]))
+    return files
+
 class _NamedClasses:
     "What `detections` asks of annotations"
     def __init__(self, names, ids): self.names, self.cat_ids, self.c = names, ids, len(names)
 
+# %% ../nbs/14e1_detection_results.ipynb #dc09d32f
 def predict_photos(
     folder, # Of a finished run
     photos, # A photo, a folder of them, or several of either
@@ -117,18 +135,3 @@ def predict_photos(
             found.append(dict(file_name=str(file), category=names[label - 1], **row))
     write_file(out/'detections.json', json.dumps(found))
     return found
-
-def _photo_files(photos):
-    "Photos in files and folders, all of which can be opened"
-    files = []
-    for place in map(Path, photos if isinstance(photos, (list, tuple)) else [photos]):
-        place = place.expanduser()
-        if not place.exists(): raise FileNotFoundError(f'There is no {place}')
-        files += [place] if place.is_file() else sorted(get_image_files(place))
-    if not files: raise ValueError(f'No photos in {photos}')
-    faults = []
-    for file in files:
-        try: stored_size(file)
-        except ValueError as e: faults.append(str(e))
-    if faults: raise ValueError('\n'.join(faults[:10]))
-    return files

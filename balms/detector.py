@@ -170,21 +170,26 @@ def use_loss(
     return model
 
 # %% ../nbs/14c_detector.ipynb #ceef86b7
-def _backbone(name, weights, norm_layer, trainable_layers, width):
-    "A ResNet of torchvision with a feature pyramid, frozen but for its last layers"
+def _published_resnet(name, weights, norm_layer):
+    "A ResNet of torchvision. Raises `ValueError` with the choices, `OSError` where weights cannot be downloaded"
     choices = [n for n in models.list_models(models) if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
     if name not in choices: raise ValueError(f'backbone must be a ResNet, {", ".join(choices)}, not {name!r}')
     published = list(models.get_model_weights(name).__members__)
     if weights and weights not in published:
         raise ValueError(f'Weights of {name} are {", ".join(published)}, or a file; there is no {weights!r}')
-    try: body = models.get_model(name, weights=weights, norm_layer=norm_layer)
-    except OSError as e: raise OSError(f'Weights {weights} of {name} cannot be downloaded ({e}): weights takes a file, too') from e
+    try: return models.get_model(name, weights=weights, norm_layer=norm_layer)
+    except OSError as e: raise OSError(f'Weights {weights} cannot be downloaded ({e}): weights takes a file') from e
+
+def _backbone(name, weights, norm_layer, trainable_layers, width):
+    "A ResNet of torchvision with a feature pyramid, frozen but for its last layers"
+    body = _published_resnet(name, weights, norm_layer)
     names = 'layer4', 'layer3', 'layer2', 'layer1', 'conv1', 'bn1'
     trained = names if trainable_layers == 5 else names[:trainable_layers]
     for n, p in body.named_parameters(): p.requires_grad_(n.startswith(trained))
     channels = [body.fc.in_features//2**i for i in (3, 2, 1, 0)]
     return BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, width)
 
+# %% ../nbs/14c_detector.ipynb #39da1a4f
 def mask_rcnn(
     num_classes:int, # k, without background
     loss_func:nn.Module=None, # As in `use_loss`

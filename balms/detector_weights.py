@@ -9,7 +9,7 @@ __all__ = ['load_detector_weights']
 from torch import nn
 from .weights import named_tensors
 
-# %% ../nbs/14ca_detector_weights.ipynb #3f53f2cd
+# %% ../nbs/14ca_detector_weights.ipynb #a021ee20
 def load_detector_weights(
     model:nn.Module, # A detector of `mask_rcnn`
     path, # File of weights, of its ResNet or of a whole detector
@@ -25,4 +25,5 @@ def load_detector_weights(
     missing = [name for name in missing if not name.startswith(classifiers)]
     odd = [name for name in (*missing, *unknown) if not name.endswith('num_batches_tracked')]
     if not odd: return model
-    raise ValueError(f'{path} has the weights of another network: {len(odd)} tensors do not fit, such as {odd[0]}')
+    text = f'{path} has the weights of another network: {len(odd)} tensors do not fit, such as {odd[0]}'
+    raise ValueError(f'{text}. Model, width and normalisation must be those of the file')

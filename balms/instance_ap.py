@@ -50,6 +50,17 @@ def detections(
         rows += own
     return rows
 
+# %% ../nbs/14b_instance_ap.ipynb #cc6ed951
+def _max_dets(n):
+    "As an end of slices: None for no limit"
+    if n < 1 and n != -1: raise ValueError(f'max_dets must be 1 or more, or -1, not {n}')
+    return None if n == -1 else n
+
+def _known_groups(anns, groups):
+    "`groups`, or those that the file of `anns` states, or None"
+    if groups and len(groups) != anns.c: raise ValueError(f'{len(groups)} groups for {anns.c} classes')
+    return groups or (anns.groups if anns.has_groups else None)
+
 # %% ../nbs/14b_instance_ap.ipynb #fc0b515d
 class InstanceAP:
     "AP of masks and boxes by LVIS's rules, from outputs that are added image by image"
@@ -60,11 +71,8 @@ class InstanceAP:
         groups:list=None, # 'r', 'c' or 'f' of each class by its training images; default: what the file states
     ):
         if not {'segm', 'bbox'}.issuperset(kinds): raise ValueError(f"kinds are 'segm' and 'bbox', not {kinds!r}")
-        if max_dets < 1 and max_dets != -1: raise ValueError(f'max_dets must be 1 or more, or -1, not {max_dets}')
-        if groups and len(groups) != anns.c: raise ValueError(f'{len(groups)} groups for {anns.c} classes')
-        self.anns, self.max_dets, self.kinds = anns, None if max_dets == -1 else max_dets, tuple(kinds)
-        self.groups = groups or (anns.groups if anns.has_groups else None)
-        self.place = {int(n): i for i, n in enumerate(anns.image_ids)}
+        self.anns, self.max_dets, self.kinds = anns, _max_dets(max_dets), tuple(kinds)
+        self.place, self.groups = {int(n): i for i, n in enumerate(anns.image_ids)}, _known_groups(anns, groups)
         self.reset()
     def reset(self): self.results, self.seen = [], set()
     def asked(self, image_id:int) -> Tensor:
@@ -91,7 +99,7 @@ class InstanceAP:
             self.results += detections([{k: v[best] for k, v in o.items() if k in _OUTPUTS}], [i], self.anns)
         self.seen.update(ids)
 
-# %% ../nbs/14b_instance_ap.ipynb #7b2fc0e1
+# %% ../nbs/14b_instance_ap.ipynb #b6156d9d
 @patch
 def add_results(self:InstanceAP,
     results, # Result file (JSON), or its list: dicts of image_id, category_id, score, bbox (x, y, w, h), segmentation
@@ -107,7 +115,7 @@ def add_results(self:InstanceAP,
     unknown = [i for i in by_image if i not in self.place], {r['category_id'] for r in results} - set(self.anns.cat_ids)
     for what, ids in zip(('images', 'categories'), map(list, unknown)):
         if ids: raise ValueError(f'{name}: {what} {ids[:10]} are not in {self.anns.path}')
-    if self.seen.intersection(by_image): raise ValueError(f'{name}: some images were added before: reset() begins again')
+    if self.seen.intersection(by_image): raise ValueError(f'{name}: some images were added before')
     for image_id, rows in by_image.items():
         asked = {self.anns.cat_ids[label - 1] for label in self.asked(image_id).tolist()}
         best = sorted(rows, key=lambda row: -row['score'])[:self.max_dets]

@@ -53,7 +53,7 @@ def detection_network(
     counts, # Training images with each class (k,)
     total:int, # Training images in which something is annotated
 ) -> nn.Module: # A Mask R-CNN, or a Faster R-CNN for boxes alone
-    "The network of a recipe at its start. Raises `ValueError` for counts that have no odds, and for weights of another."
+    "The network of a recipe at its start. Raises `ValueError` for counts without odds, and for weights of another."
     method, (train, test) = SEG_METHODS[recipe.method], recipe.proposals
     weights = None if recipe.weights == 'none' else recipe.weights
     file = Path(weights).expanduser() if weights and Path(weights).expanduser().is_file() else None
