@@ -152,6 +152,8 @@ def _without(content, skipped):
     annotations = [a for a in content['annotations'] if a['image_id'] not in skipped]
     return {**content, 'images': images, 'annotations': annotations}
 
+_BOXES_HINT = 'boxes=True (--boxes-only) takes boxes alone, without outlines'
+
 def read_annotations(
     path, # Annotation file (JSON) in the form of LVIS or COCO
     images=None, # Folder of the photos, or several; None: without photos, for counts and AP
@@ -163,7 +165,9 @@ def read_annotations(
     path, files, missing = Path(path).expanduser(), None, []
     content = load_annotation_file(path)
     if boxes: content = with_rectangles(content)
-    if faults := find_faults(content): raise ValueError('\n'.join([f'{path} cannot be used:', *faults]))
+    if faults := find_faults(content):
+        if not all(a.get('segmentation') for a in content['annotations']): faults.append(_BOXES_HINT)
+        raise ValueError('\n'.join([f'{path} cannot be used:', *faults]))
     if images is not None: files, missing, several = find_photos(content['images'], images)
     if files and several: raise ValueError('\n'.join([f'{path}: give the folder of its own photos alone', *several]))
     skipped = [im['id'] for im, file in zip(content['images'], files or ()) if file is None]
@@ -175,7 +179,7 @@ def read_annotations(
         content, files = _without(content, set(skipped)), [file for file in files if file]
     annotations = Annotations(content, path, files, skipped, orient)
     if n := annotations.dropped['outline']:
-        warnings.warn(f'{n:,} instances of {path} have no outline and are left out: boxes=True takes boxes alone')
+        warnings.warn(f'{n:,} instances of {path} have no outline and are left out; {_BOXES_HINT}')
     return annotations
 
 # %% ../nbs/14_annotations.ipynb #5f7cec0b
@@ -324,11 +328,11 @@ def balms_check_lvis(
     decode:bool=False, # Decode every photo, make every mask, and compare it with its box
     workers:int=None, # Threads that do so; default: one a CPU
     orient:bool=False, # Turn photos as their orientation tags say
-    boxes:bool=False, # Of boxes alone: each box is its own outline
+    boxes_only:bool=False, # Boxes without outlines: each box is its own
 ):
     "Check an annotation file of LVIS or COCO, and its photos, before training. Exit status 1 if anything is wrong."
     with exit_status('balms_check_lvis'):
         folders = images.split(',') if images else None
-        report = check_annotations(path, folders, version, not valid, decode, workers, orient, boxes)
+        report = check_annotations(path, folders, version, not valid, decode, workers, orient, boxes_only)
         print(report)
         raise SystemExit(0 if report.ok else 1)
