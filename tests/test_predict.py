@@ -1,9 +1,55 @@
 "A finished run is used: its model, predictions of new photos, export, the report."
-import pytest, torch
+import json
+import numpy as np, pytest, torch, torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from balms.baselines import CosineLinear
+from balms.core import class_counts
+from balms.export import export_run
+from balms.learner import load_images, recipe_learner
+from balms.lists import sample_tree
+from balms.predict import find_photos, for_shares, load_run, own_shares, photo_probabilities
 from balms.recipe import Recipe
-from balms.runs import run
+from balms.rows import read_row
+from balms.runs import evaluate, run
 from balms.weights import load_model
+
+SCORES = 'overall', 'many', 'medium', 'few', 'ece', 'nll', 'per_class', 'p_y'
+
+
+def save_photos(folder, images):
+    "Images (n, c, h, w) as files without loss, in order"
+    folder.mkdir(parents=True)
+    for i, x in enumerate(images.numpy()):
+        Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(folder/f'{i:04}.png')
+    return find_photos([folder])
+
+
+def photo_folder(root, seed=0):
+    "Photos of odd sizes in train/<class>, test/<class>: JPEG, PNG, with alpha, turned by their tag"
+    rng = np.random.default_rng(seed)
+    for split, numbers in (('train', (14, 8, 5)), ('test', (6, 6, 6))):
+        for color, (name, n) in enumerate(zip(('blue cup', 'rød kopp', 'tasse à thé'), numbers)):
+            (root/split/name).mkdir(parents=True)
+            for i in range(n):
+                size = rng.integers(20, 40, 2)
+                pixels = rng.integers(0, 120, (*size, 3)).astype(np.uint8)
+                pixels[..., color] += 100
+                im, kind = Image.fromarray(pixels), i % 3
+                if kind == 2: im.putalpha(Image.fromarray(pixels[..., 0]))
+                exif = Image.Exif()
+                exif[274] = 6 if kind == 1 else 1
+                im.save(root/split/name/f'{i} ø.{"png" if kind == 2 else "jpg"}', exif=exif)
+    return root
+
+
+def runs_own(recipe, model):
+    "Probabilities and labels of the test set, by the way of the run itself"
+    train, test = load_images(recipe)
+    learn = recipe_learner(recipe, train, test, class_counts(train), 'cpu')
+    learn.model.load_state_dict(model.state_dict())
+    with learn.no_bar(): return learn.get_preds(act=lambda x: x.softmax(1))
 
 
 @pytest.mark.parametrize('method', ('ldam', 'ldam_drw'))
@@ -13,3 +59,117 @@ def test_a_model_with_a_classifier_of_its_method(tmp_path, method):
     net, about = load_model(tmp_path/recipe.key/'model.safetensors')
     assert type(net.fc) is CosineLinear and about['recipe']['method'] == method
     assert net(torch.randn(2, 1, 8, 8)).abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize('method', ('softmax', 'bs_sigmoid', 'ldam', 'posthoc', 'tau_norm', 'crt', 'balms'))
+def test_every_score_of_the_row_comes_back_from_files(tmp_path, method):
+    "Whatever the loss makes of logits, and whatever is done to them after training"
+    stage2 = dict(iters2=20, views=1) if method in ('crt', 'balms') else {}
+    recipe = Recipe(method=method, iters=60, **stage2)
+    row = run(recipe, tmp_path, device='cpu')
+    test = load_images(recipe)[1]
+    learn = load_run(tmp_path/recipe.key, 'cpu')
+    probs = photo_probabilities(learn, save_photos(tmp_path/'photos', test.images))
+    scores = evaluate(probs.log(), test.targets, row['counts'])
+    for name in SCORES: assert scores[name] == pytest.approx(row[name], abs=2e-3 if name == 'ece' else 2e-5), name
+    assert own_shares(row).max() > .2 if method in ('softmax', 'ldam') else own_shares(row).max() < .11
+
+
+@pytest.mark.parametrize('size', (12, 17))
+def test_photos_of_a_folder(tmp_path, size):
+    "JPEG, alpha, orientation, odd sizes, names with spaces and letters of other languages"
+    root = photo_folder(tmp_path/'photos')
+    recipe = Recipe(str(root), method='bs', model='resnet8', size=size, iters=6, bs=8, warmup=2)
+    row = run(recipe, tmp_path/'runs', device='cpu')
+    learn = load_run(tmp_path/'runs'/recipe.key, 'cpu')
+    want, targs = runs_own(recipe, learn.model)
+    probs = photo_probabilities(learn, find_photos([root/'test']), workers=2)
+    torch.testing.assert_close(probs, want, rtol=0, atol=1e-5)
+    assert evaluate(probs.log(), targs, row['counts'])['per_class'] == row['per_class']
+    assert list(learn.dls.vocab) == ['blue cup', 'rød kopp', 'tasse à thé']
+
+
+def test_photos_in_lists(tmp_path):
+    tree = sample_tree(tmp_path/'digits', n_max=32, imbalance=16)
+    recipe = Recipe(str(tree), method='bs', model='resnet8', size=24, bs=16, iters=10)
+    row = run(recipe, tmp_path/'runs', device='cpu', workers=0)
+    learn, test = load_run(tmp_path/'runs'/recipe.key, 'cpu'), load_images(recipe)[1]
+    probs = photo_probabilities(learn, [test.root/f for f in test.files])
+    torch.testing.assert_close(probs, runs_own(recipe, learn.model)[0], rtol=0, atol=1e-5)
+    assert evaluate(probs.log(), test.targets, row['counts'])['per_class'] == row['per_class']
+
+
+def test_a_learner_that_can_be_trained_on(tmp_path):
+    "The loaders of one's own images take the place of the empty ones"
+    recipe = Recipe(method='bs', iters=30)
+    run(recipe, tmp_path, device='cpu')
+    learn = load_run(tmp_path/recipe.key, 'cpu')
+    train, test = load_images(recipe)
+    own = recipe_learner(recipe, train, test, class_counts(train), 'cpu')
+    assert torch.equal(own.loss_func.shift, learn.loss_func.shift)
+    learn.dls = own.dls
+    before = read_row(tmp_path/recipe.key)['nll']
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-3)
+        assert learn.validate()[1] > .5 and torch.isfinite(torch.tensor(before))
+
+
+def test_shares_by_bayes():
+    p, own, q = torch.rand(50, 4).softmax(1), torch.tensor([8., 4, 2, 1]), torch.tensor([1., 2, 3, 4])
+    want = p.double()*q/own
+    torch.testing.assert_close(for_shares(p, own, q), want/want.sum(1, keepdim=True), rtol=0, atol=1e-6)
+    assert for_shares(torch.tensor([[1., 0.]]), [1, 1], [1, 1]).tolist() == [[1., 0.]]
+
+
+# ---- export
+
+def exported(tmp_path, **kw):
+    "A run on photos, its folder, and what it says of its test photos"
+    root = photo_folder(tmp_path/'photos')
+    recipe = Recipe(str(root), **(dict(method='bs', model='resnet8', size=32, iters=4, bs=8, warmup=1) | kw))
+    run(recipe, tmp_path/'runs', device='cpu')
+    learn, files = load_run(tmp_path/'runs'/recipe.key, 'cpu'), find_photos([root/'test'])
+    images = torch.stack([learn.dls.train_ds.prepare(f) for f in files])/255
+    return tmp_path/'runs'/recipe.key, images, photo_probabilities(learn, files)
+
+
+@pytest.mark.parametrize('kw', (dict(method='posthoc'), dict(method='bs_sigmoid'), dict(method='ldam'),
+                                dict(model='timm/test_resnet')), ids=str)
+def test_exports_agree(tmp_path, kw):
+    "Photos in 0..1 go in, the probabilities of predictions come out, any number at a time"
+    if 'model' in kw: pytest.importorskip('timm')
+    folder, images, want = exported(tmp_path, **kw)
+    file, about = export_run(folder, 'torchscript'), {'about.json': ''}
+    loaded = torch.jit.load(file, _extra_files=about)
+    assert json.loads(about['about.json'])['classes'] == ['blue cup', 'rød kopp', 'tasse à thé']
+    for n in (1, 18): torch.testing.assert_close(loaded(images[:n]), want[:n], rtol=0, atol=1e-5)
+    for name in ('onnx', 'onnxscript'): pytest.importorskip(name, reason=f'{name} writes ONNX')
+    runtime = pytest.importorskip('onnxruntime', reason='onnxruntime reads ONNX')
+    session = runtime.InferenceSession(export_run(folder, 'onnx', tmp_path/'mine.onnx'))
+    assert json.loads(session.get_modelmeta().custom_metadata_map['size']) == [32, 32]
+    for n in (1, 18):
+        (got,) = session.run(None, dict(images=images[:n].numpy()))
+        torch.testing.assert_close(torch.from_numpy(got), want[:n], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ('timm/test_resnet', 'densenet121', 'mobilenet_v3_small'))
+def test_exported_weights_are_those_of_the_library(tmp_path, name):
+    "timm's or torchvision's own network loads them, nothing missing, and gives the same"
+    if name.startswith('timm/'): timm = pytest.importorskip('timm')
+    folder, images, want = exported(tmp_path, model=name, method='posthoc', iters=2)
+    file = export_run(folder, 'safetensors')
+    with safe_open(file, 'pt') as f: about = {k: json.loads(v) for k, v in f.metadata().items() if k != 'format'}
+    make = timm.create_model if name.startswith('timm/') else torchvision.models.get_model
+    net = make(name.removeprefix('timm/'), num_classes=3)
+    net.load_state_dict(load_file(file))
+    mean, std = (torch.tensor(about[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    torch.testing.assert_close(net.eval()((images - mean)/std).softmax(1), want, rtol=0, atol=1e-5)
+
+
+def test_export_refuses(tmp_path, monkeypatch):
+    recipe = Recipe(method='ldam', iters=2)
+    run(recipe, tmp_path, device='cpu')
+    with pytest.raises(ValueError, match='CosineLinear'): export_run(tmp_path/recipe.key, 'safetensors')
+    monkeypatch.setattr('balms.export.find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r'balms\[export\]'): export_run(tmp_path/recipe.key, 'onnx')
+    assert not [*(tmp_path/recipe.key).glob('model.*.safetensors'), *(tmp_path/recipe.key).glob('*.onnx')]
