@@ -206,7 +206,7 @@ def estimate_shares(
     shares = estimate_prior(probs, own, tol=1e-4).clamp_min(1e-12)     # an absent class keeps a logarithm
     return shares/shares.sum()
 
-# %% ../nbs/13b_predict.ipynb #76ce9857
+# %% ../nbs/13b_predict.ipynb #c3061917
 def prediction_rows(
     files, # Paths of the photos
     probs:torch.Tensor, # Their probabilities (n, k)

@@ -1,17 +1,22 @@
 "A finished run is used: its model, predictions of new photos, export, the report."
-import json
+import base64, csv, io, json, os, subprocess, sys
+from html.parser import HTMLParser
+from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from balms.baselines import CosineLinear
+from balms.class_report import write_report
 from balms.core import class_counts
+from balms.differences import difference_rows
 from balms.export import export_run
 from balms.learner import load_images, recipe_learner
 from balms.lists import sample_tree
 from balms.predict import find_photos, for_shares, load_run, own_shares, photo_probabilities
 from balms.recipe import Recipe
 from balms.rows import read_row
+from balms.run_commands import balms_export, balms_predict, balms_report
 from balms.runs import evaluate, run
 from balms.weights import load_model
 
@@ -173,3 +178,145 @@ def test_export_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr('balms.export.find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r'balms\[export\]'): export_run(tmp_path/recipe.key, 'onnx')
     assert not [*(tmp_path/recipe.key).glob('model.*.safetensors'), *(tmp_path/recipe.key).glob('*.onnx')]
+
+
+# ---- the report
+
+class Page(HTMLParser):
+    "Texts of cells by row, pictures, what is loaded from elsewhere"
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.pictures, self.outside, self.stack = [], [], [], []
+        self.feed(text)
+        assert not self.stack, self.stack
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == 'tr': self.rows.append([])
+        if tag in ('td', 'th'): self.rows[-1].append('')
+        if tag == 'img': self.pictures.append(attrs)
+        self.outside += [v for k, v in attrs.items() if k in ('src', 'href') and not v.startswith('data:image/')]
+        if tag not in ('meta', 'img', 'br', 'html'): self.stack.append(tag)
+    def handle_endtag(self, tag): assert tag == 'html' or self.stack.pop() == tag
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] in ('td', 'th'): self.rows[-1][-1] += data
+
+
+def test_report(tmp_path):
+    "Names as they are, also odd ones; numbers by the definition; everything inside the one file"
+    root = photo_folder(tmp_path/'photos')
+    for split in ('train', 'test'): (root/split/'rød kopp').rename(root/split/'<b>&"kopp')
+    shared = dict(model='resnet8', size=32, iters=12, bs=8, warmup=2)
+    for method in ('softmax', 'bs'):
+        recipe = Recipe(str(root), method=method, **shared)
+        row = run(recipe, tmp_path/'runs', device='cpu')
+    folder = tmp_path/'runs'/recipe.key
+    path = write_report(folder, device='cpu')
+    page = Page(path.read_text(encoding='utf-8'))
+    probs, targs = runs_own(recipe, load_run(folder, 'cpu').model)
+    predicted = probs.argmax(1)
+    names = ['<b>&"kopp', 'blue cup', 'tasse à thé']
+    want = {}
+    for j, name in enumerate(names):
+        hit, given = ((predicted == j) & (targs == j)).sum().item(), (predicted == j).sum().item()
+        recall, precision = f'{100*hit/6:.1f}', f'{100*hit/given:.1f}' if given else ''
+        want[name] = [name, str(row['counts'][j]), '6', recall, precision]
+        assert recall == f'{100*row["per_class"][j]:.1f}'
+    found = {r[0]: r[:5] for r in page.rows if r and r[0] in names}
+    assert found == want and [r[0] for r in page.rows if r and r[0] in names][0] == 'blue cup'      # the common one
+    wrong = (predicted != targs).sum().item()
+    assert len(page.pictures) == 3 + wrong and all(p['alt'] for p in page.pictures) and not page.outside
+    assert any('Softmax' in r[0] and len(r) == 6 for r in page.rows)                                # the methods
+    with open(path.with_suffix('.csv'), newline='', encoding='utf-8') as f: table = list(csv.reader(f))
+    assert {r[0]: r[:5] for r in table[1:]} == want
+    first = page.pictures[0]['src'].partition(',')[2]
+    assert Image.open(io.BytesIO(base64.b64decode(first))).size[0] > 300
+
+
+def test_report_of_lists_and_of_other_images(tmp_path):
+    tree = sample_tree(tmp_path/'digits', n_max=32, imbalance=16)
+    recipe = Recipe(str(tree), method='bs', model='resnet8', size=24, bs=16, iters=4)
+    run(recipe, tmp_path/'runs', device='cpu', workers=0)
+    folder = tmp_path/'runs'/recipe.key
+    text = write_report(folder, tmp_path/'mail.html', 5, device='cpu').read_text()
+    assert text.count('<figure>') == 5 and 'test/' in text and (tmp_path/'mail.csv').exists()
+    lines = (tree/'digits_train.txt').read_text().splitlines()
+    (tree/'digits_train.txt').write_text('\n'.join(lines[:-1]))
+    with pytest.raises(ValueError, match='other images'): write_report(folder, device='cpu')
+
+
+def test_differences_are_paired():
+    "A seed that is good for both methods does not count as a difference"
+    def row(method, seed, overall, few=1., **changed):
+        return dict(recipe=dict(data='d', method=method, seed=seed), changed=changed, train_crc=1, overall=overall, few=few)
+    a = [row('softmax', s, v) for s, v in enumerate((50., 60, 70))]
+    b = [row('bs', s, v, None) for s, v in enumerate((52., 63, 71))]
+    (table,) = difference_rows(a + b).values()
+    assert table[1]['overall − Softmax'] == '+2.0 ± 0.6' and table[1]['overall'] == '62.0 ± 5.5'
+    assert table[0]['overall − Softmax'] == '' == table[1]['few − Softmax']
+    assert difference_rows(a[:1] + b[:1])['d'][1]['overall − Softmax'] == '+2.0'
+    assert len(difference_rows(a + [dict(r, train_crc=2) for r in b])) == 2            # of other images
+
+
+# ---- the commands
+
+@pytest.fixture
+def digits_run(tmp_path, monkeypatch):
+    "A finished run below the folder that one is in, and photos"
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(method='softmax', iters=100)
+    run(recipe, 'runs', device='cpu')
+    test = load_images(recipe)[1]
+    save_photos(tmp_path/'photos/a b', test.images[::25])
+    (tmp_path/'photos/._0000.png').write_text('no photo')
+    (tmp_path/'photos/notes.txt').write_text('no photo')
+    return f'runs/{recipe.key}', test.targets[::25]
+
+
+def command(name, *args, **kw):
+    code = f'from balms.run_commands import {name}; {name}()'
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent), OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=300, env=env, **kw)
+
+
+def test_predict_command(digits_run):
+    "A table with a line a photo; another prior changes it; nothing but that is said"
+    folder, targs = digits_run
+    out = command('balms_predict', folder, 'photos', '--out', 'p.csv', '--device', 'cpu')
+    assert out.returncode == 0 and not out.stderr and out.stdout == '20 photos: p.csv\n', out
+    with open('p.csv', newline='') as f: rows = list(csv.DictReader(f))
+    assert rows[3]['file'] == 'photos/a b/0003.png' and len(rows) == 20
+    assert all(float(r['probability']) >= float(r['its probability']) and r['class'] != r['runner-up'] for r in rows)
+    balms_predict([folder, 'photos', '--out', 'q.csv', '--prior', ','.join(f'{j}={10**(j > 6)}' for j in range(10))])
+    with open('q.csv', newline='') as f: other = list(csv.DictReader(f))
+    rare = lambda rows: sum(int(r['class']) > 6 for r in rows)
+    assert rare(other) > rare(rows) and abs(rare(other) - (targs > 6).sum()) < abs(rare(rows) - (targs > 6).sum())
+
+
+def test_what_cannot_be_predicted(digits_run, capsys):
+    "Each fault is a line with its name, and status 2"
+    folder, _ = digits_run
+    Path('photos/torn.jpg').write_bytes(b'\xff\xd8\xff torn')
+    Path('photos/empty.png').write_bytes(b'')
+    Path('none').mkdir()
+    for args, words in (([folder, 'photos'], ('torn.jpg', 'empty.png')), ([folder, 'none'], ('none',)),
+                        ([folder, 'nowhere'], ('nowhere',)), (['runs', 'photos'], (folder,)), (['none', 'photos'], ('row.json',)),
+                        ([folder, 'photos', '--skip-bad', '--prior', '1=1'], ('without 0',)),
+                        ([folder, 'photos', '--device', 'tpu9'], ('tpu9',))):
+        with pytest.raises(SystemExit) as e: balms_predict(args)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and all(w in err for w in words), (args, err)
+    balms_predict([folder, 'photos', '--skip-bad', '--estimate-prior', '--device', 'cpu'])
+    out = capsys.readouterr().out
+    assert out.count('left out') == 2 and 'estimated class shares' in out and '20 photos' in out
+
+
+def test_export_and_report_commands(digits_run, capsys):
+    folder, _ = digits_run
+    balms_export([folder, '--format', 'torchscript', '--out', 'm.pt'])
+    balms_report([folder, '--device', 'cpu', '--out', 'r.html'])
+    balms_report(['runs'])
+    out = capsys.readouterr().out
+    assert Path('m.pt').exists() and Path('r.csv').exists() and 'r.html and r.csv' in out and 'Softmax' in out
+    for name in ('balms_predict', 'balms_export', 'balms_report'):
+        with pytest.raises(SystemExit) as e: globals()[name](['--help'])
+        assert e.value.code == 0
