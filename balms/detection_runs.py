@@ -27,7 +27,7 @@ from .detector import SEG_METHODS, TABLE4, InstanceSeg, detect, mask_rcnn, sum_l
 from .annotations import Annotations, coco_to_lvis, read_annotations
 from .instance_ap import InstanceAP
 from .instance_data import InstanceDataset, digit_scenes, instance_dls
-from .meta_gradient import mean_over_ranks
+from .samplers import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
 from .scale import Distributed, ending_together, start_ranks

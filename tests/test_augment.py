@@ -27,7 +27,7 @@ P = 1e-3                           # a right sampler falls below it once in a th
 ALL = [CropFlip(4), Cutout(16), AutoAugment('cifar10'), AutoAugment('imagenet'), AutoAugment('svhn'), RandAugment(),
        TrivialAugmentWide(), AutoAugmentCutout(), AutoAugment(released=True)]
 POLICY = [f for f in ALL if hasattr(f, 'draw')]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+cuda = pytest.mark.cuda
 
 
 def seeded(s=0, device='cpu'): return torch.Generator(device).manual_seed(s)
