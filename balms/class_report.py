@@ -19,13 +19,26 @@ from .files import write_file
 from .learner import data_crc, load_images, recipe_learner
 from .long_tail import ArrayDataset
 from .metrics import COLORS, plot_reliability, styled_axis
-from .predict import load_run, write_csv
+from .photo_runs import PhotoRecipe, photos_crc, recipe_photos
+from .predict import PhotoFiles, load_run, write_csv
 from .recipe import Recipe
 from .rows import read_row, read_rows
 from .runs import probabilities
 from .tables import method_title
 
 # %% ../nbs/13e_class_report.ipynb #50adb209
+def _photos_of_a_frozen_run(row, prepare):
+    "Checksum of the training photos, and the test set"
+    photos = recipe_photos(PhotoRecipe(**row['recipe']), skip_bad=True)
+    test = photos.subset(photos.splits == 'test')
+    return photos_crc(photos), PhotoFiles(test.paths, prepare, test.vocab, test.labels)
+
+def _images_of_a_run(row, device, kwargs):
+    "Checksum of the training images, and a loader of the test set as the run has it"
+    recipe = Recipe(**row['recipe'])
+    train, test = load_images(recipe, **kwargs)
+    return data_crc(train), recipe_learner(recipe, train, test, class_counts(train), device).dls.valid
+
 def test_predictions(
     run, # Folder of a finished run
     device=None, # Default: fastai's `default_device`
@@ -33,13 +46,14 @@ def test_predictions(
 ) -> tuple: # Probabilities (n, k), labels (n,), and the test set
     "Predictions of a run for its own test set. Raises `ValueError` if the data set is another by now."
     learn, row = load_run(run, device), read_row(run)
-    recipe = Recipe(**row['recipe'])
-    train, test = load_images(recipe, **kwargs)
-    if data_crc(train) != row['train_crc']:
-        raise ValueError(f'{recipe.data} has other images than those that {run} was trained on')
-    dls = recipe_learner(recipe, train, test, class_counts(train), learn.dls.device).dls
-    with learn.no_bar(): logits, targs = learn.get_preds(dl=dls.valid, act=noop)
-    return probabilities(logits.float(), learn.loss_func), targs, test
+    if 'photos' in row:
+        crc, test = _photos_of_a_frozen_run(row, learn.dls.valid_ds.prepare)
+        dl = learn.dls.test_dl(test)
+    else: crc, dl = _images_of_a_run(row, learn.dls.device, kwargs)
+    if crc != row['train_crc']:
+        raise ValueError(f'{row["recipe"]["data"]} has other images than those that {run} was trained on')
+    with learn.no_bar(): logits, targs = learn.get_preds(dl=dl, act=noop)
+    return probabilities(logits.float(), learn.loss_func), targs, dl.dataset
 
 # %% ../nbs/13e_class_report.ipynb #a41a04a2
 def confusion(
@@ -151,7 +165,7 @@ def _html_table(rows):
 
 def _photo(ds, i, vocab, true, predicted, p):
     "A photo with its caption"
-    file = f'<br>{escape(str(ds.files[i]))}' if hasattr(ds, 'files') else ''
+    file = f'<br>{escape("/".join(Path(ds.files[i]).parts[-2:]))}' if hasattr(ds, 'files') else ''
     text = f'{escape(str(vocab[true]))}, taken for <b>{escape(str(vocab[predicted]))}</b> ({100*p:.0f} %){file}'
     return f'<figure>{_picture(thumbnail(ds, i), str(vocab[true]))}<figcaption>{text}</figcaption></figure>'
 

@@ -72,12 +72,16 @@ class PhotoFiles:
         files, # Paths
         prepare, # Called with a path: uint8 (c, h, w)
         vocab, # Names of the k classes
-    ): self.files, self.prepare, self.vocab = list(files), prepare, list(vocab)
+        labels=None, # Classes 0..k-1, where they are known
+    ):
+        self.files, self.prepare, self.vocab = list(files), prepare, list(vocab)
+        self.labels = [0]*len(self.files) if labels is None else labels
 
     @property
     def c(self): return len(self.vocab)
     def __len__(self): return len(self.files)
-    def __getitem__(self, i): return TensorImage(self.prepare(self.files[i])), TensorCategory(0)    # no label is known
+    def image(self, i): return self.prepare(self.files[i])
+    def __getitem__(self, i): return TensorImage(self.image(i)), TensorCategory(self.labels[i])
     def decode(self, o, full=True): return (o[0], Category(self.vocab[int(o[1])])) if len(o) > 1 else o
 
 class PhotoDL(TfmdDL):

@@ -9,16 +9,17 @@ __all__ = ['read_shares', 'balms_predict', 'balms_export', 'balms_report']
 import argparse
 from pathlib import Path
 import balms
-from .cli import exit_status, quiet
+from .cli import exit_status, quiet, usable_device
 
 # %% ../nbs/13f_run_commands.ipynb #98528f8a
 def _run_parser(name, text):
-    "The options that all three commands have"
+    "What all three commands have"
     p = argparse.ArgumentParser(name, description=text)
     p.add_argument('--version', action='version', version=f'balms {balms.__version__}')
     p.add_argument('run', help='the folder of a finished run, such as runs/digits-50-small-bs-0-1a2b3c4d')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps  [cuda if there is one]')
     return p
+
+def _add_device(p): p.add_argument('--device', help='cpu, cuda, cuda:1, mps  [cuda if there is one]')
 
 # %% ../nbs/13f_run_commands.ipynb #a6bebeaf
 def read_shares(
@@ -50,6 +51,7 @@ def _predict_parser():
                         'a file with a line cat=3 for each class, or training  [what the method assumes]')
     shares.add_argument('--estimate-prior', action='store_true', help='estimate that from these photos')
     add('--workers', type=int, default=0, help='processes that read photos  [0]')
+    _add_device(p)
     return p
 
 # %% ../nbs/13f_run_commands.ipynb #2752864e
@@ -74,7 +76,7 @@ def balms_predict(
         from balms.predict import (find_photos, load_run, photo_probabilities, prediction_rows, unreadable_photos,
                                    write_csv)
         from balms.rows import read_row
-        learn, files = load_run(args.run, args.device), find_photos(args.photos)
+        learn, files = load_run(args.run, usable_device(args.device)), find_photos(args.photos)
         bad = dict(unreadable_photos(files)) if args.skip_bad else {}
         for error in bad.values(): print(f'left out: {error}')
         files, vocab = [f for f in files if f not in bad], learn.dls.vocab
@@ -117,11 +119,12 @@ def balms_report(
     p.add_argument('--worst', type=int, default=24, help='most photos to show  [24]')
     p.add_argument('--root', help='where a named data set lies; for lists, the folder of the images')
     p.add_argument('--lists', help='folder of the list files  [the root]')
+    _add_device(p)
     args = p.parse_args(argv)
     if argv is None: quiet()
     with exit_status('balms_report'):
         from balms.class_report import write_report
         if [*Path(args.run).glob('*/row.json')]: return _print_methods(args.run, args.baseline)
-        path = write_report(args.run, args.out, args.worst, args.baseline, args.device, root=args.root,
+        path = write_report(args.run, args.out, args.worst, args.baseline, usable_device(args.device), root=args.root,
                             lists=args.lists)
         print(f'{path} and {path.with_suffix(".csv").name}')

@@ -13,12 +13,14 @@ from balms.differences import difference_rows
 from balms.export import export_run
 from balms.learner import load_images, recipe_learner
 from balms.lists import sample_tree
+from balms.models import get_model
+from balms.photo_runs import PhotoRecipe, PhotoRuns
 from balms.predict import find_photos, for_shares, load_run, own_shares, photo_probabilities
 from balms.recipe import Recipe
 from balms.rows import read_row
 from balms.run_commands import balms_export, balms_predict, balms_report
 from balms.runs import evaluate, run
-from balms.weights import load_model
+from balms.weights import load_model, save_model
 
 SCORES = 'overall', 'many', 'medium', 'few', 'ece', 'nll', 'per_class', 'p_y'
 
@@ -102,6 +104,25 @@ def test_photos_in_lists(tmp_path):
     probs = photo_probabilities(learn, [test.root/f for f in test.files])
     torch.testing.assert_close(probs, runs_own(recipe, learn.model)[0], rtol=0, atol=1e-5)
     assert evaluate(probs.log(), test.targets, row['counts'])['per_class'] == row['per_class']
+
+
+@pytest.mark.parametrize('method', ('posthoc', 'balms', 'ldam'))
+def test_photos_of_a_frozen_run(tmp_path, method):
+    "The whole network is in the file, and the report knows the test photos by name"
+    root = photo_folder(tmp_path/'photos')
+    save_model(tmp_path/'w.safetensors', get_model('resnet8', 5))
+    recipe = PhotoRecipe(str(root), method=method, model='resnet8', weights=str(tmp_path/'w.safetensors'), size=32,
+                         views=1, bs=8, lr=.01, iters=3)
+    row = PhotoRuns(recipe, tmp_path/'runs', 'cpu', workers=0).run(recipe)
+    folder, files = tmp_path/'runs'/recipe.key, find_photos([root/'test'])
+    probs = photo_probabilities(load_run(folder, 'cpu'), files)
+    targs = torch.arange(3).repeat_interleave(6)
+    scores = evaluate(probs.log(), targs, row['counts'])
+    for name in SCORES: assert scores[name] == pytest.approx(row[name], abs=2e-3 if name == 'ece' else 5e-5), name
+    text = write_report(folder, device='cpu').read_text()
+    assert text.count('<figure>') == (probs.argmax(1) != targs).sum() and ' ø.' in text
+    (root/'train/blue cup/0 ø.jpg').unlink()
+    with pytest.raises(ValueError, match='other images'): write_report(folder, device='cpu')
 
 
 def test_a_learner_that_can_be_trained_on(tmp_path):
@@ -238,7 +259,7 @@ def test_report_of_lists_and_of_other_images(tmp_path):
     run(recipe, tmp_path/'runs', device='cpu', workers=0)
     folder = tmp_path/'runs'/recipe.key
     text = write_report(folder, tmp_path/'mail.html', 5, device='cpu').read_text()
-    assert text.count('<figure>') == 5 and 'test/' in text and (tmp_path/'mail.csv').exists()
+    assert text.count('<figure>') == 5 and '.jpg' in text and (tmp_path/'mail.csv').exists()
     lines = (tree/'digits_train.txt').read_text().splitlines()
     (tree/'digits_train.txt').write_text('\n'.join(lines[:-1]))
     with pytest.raises(ValueError, match='other images'): write_report(folder, device='cpu')
@@ -247,7 +268,8 @@ def test_report_of_lists_and_of_other_images(tmp_path):
 def test_differences_are_paired():
     "A seed that is good for both methods does not count as a difference"
     def row(method, seed, overall, few=1., **changed):
-        return dict(recipe=dict(data='d', method=method, seed=seed), changed=changed, train_crc=1, overall=overall, few=few)
+        recipe = dict(data='d', method=method, seed=seed)
+        return dict(recipe=recipe, changed=changed, train_crc=1, overall=overall, few=few)
     a = [row('softmax', s, v) for s, v in enumerate((50., 60, 70))]
     b = [row('bs', s, v, None) for s, v in enumerate((52., 63, 71))]
     (table,) = difference_rows(a + b).values()
@@ -272,10 +294,10 @@ def digits_run(tmp_path, monkeypatch):
     return f'runs/{recipe.key}', test.targets[::25]
 
 
-def command(name, *args, **kw):
+def command(name, *args):
     code = f'from balms.run_commands import {name}; {name}()'
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent), OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=300, env=env, **kw)
+    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=300, env=env)
 
 
 def test_predict_command(digits_run):
@@ -299,7 +321,8 @@ def test_what_cannot_be_predicted(digits_run, capsys):
     Path('photos/empty.png').write_bytes(b'')
     Path('none').mkdir()
     for args, words in (([folder, 'photos'], ('torn.jpg', 'empty.png')), ([folder, 'none'], ('none',)),
-                        ([folder, 'nowhere'], ('nowhere',)), (['runs', 'photos'], (folder,)), (['none', 'photos'], ('row.json',)),
+                        ([folder, 'nowhere'], ('nowhere',)), (['runs', 'photos'], (folder,)),
+                        (['none', 'photos'], ('row.json',)),
                         ([folder, 'photos', '--skip-bad', '--prior', '1=1'], ('without 0',)),
                         ([folder, 'photos', '--device', 'tpu9'], ('tpu9',))):
         with pytest.raises(SystemExit) as e: balms_predict(args)
