@@ -44,6 +44,8 @@ setup(
     zip_safe=False,
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'timm', 'distributed', 'lvis')},
+    extras_require={
+        name: cfg[f'{name}_requirements'].split() for name in ('dev', 'timm', 'photos', 'distributed', 'export', 'lvis')
+    },
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['balms = balms._modidx:d']},
 )

@@ -132,10 +132,12 @@ class AutoAugment(_Policy):
     "One of 25 sub-policies for each image: two operations with probabilities, levels and signs (Cubuk et al. 2019)."
     def __init__(self,
         policy:str='cifar10', # A name in `POLICIES`, or a list of sub-policies in the same form
-        fill=0, # Value, or one a channel, 0..255, of what comes from outside of the image
+        fill=None, # Value, or one a channel, 0..255, of what comes from outside [0; `released`: 128]
         dense:bool=None, # Every image through every operation; default: unless on the CPU
+        released:bool=False, # As the code of Ren et al. 2020 has it: `magnitudes` of that form, and grey
     ):
-        super().__init__(fill, dense)
+        super().__init__((128 if released else 0) if fill is None else fill, dense)
+        self.released = released
         if isinstance(policy, str) and policy not in POLICIES:
             raise ValueError(f'Unknown policy {policy!r}: choose from {", ".join(POLICIES)}')
         self.policy, self.subs = policy, POLICIES[policy] if isinstance(policy, str) else policy
@@ -144,9 +146,10 @@ class AutoAugment(_Policy):
                 raise ValueError('A sub-policy is two operations, each (name in OPS, probability 0..1, level 0..9), '
                                  f'not {sub!r}')
         self._p = {}
-    def _args(self): return dict(policy=self.policy)
+    def _args(self): return dict(policy=self.policy) | (dict(released=True) if self.released else {})
     def _pairs(self, h, w): # entry 0 does nothing; then each operation of each sub-policy with - and +
-        ms = [(o, float(magnitudes(o, 10, (h, w))[level])) for sub in self.subs for o, _, level in sub]
+        def magnitude(o, level): return float(magnitudes(o, 10, (h, w), released=self.released)[level])
+        ms = [(o, magnitude(o, level)) for sub in self.subs for o, _, level in sub]
         return [('Identity', 0.)] + [(o, sign*m if o in SIGNED else m) for o, m in ms for sign in (-1, 1)]
     def __getstate__(self): return super().__getstate__() | dict(_p={})
 
@@ -217,8 +220,8 @@ class Chain:
     def __repr__(self): return f'Chain({", ".join(map(repr, self.augments))})'
 
 class AutoAugmentCutout(Chain):
-    "Crop, flip, AutoAugment with the CIFAR-10 policy, Cutout: what Ren et al. 2020 do to CIFAR, in their order."
+    "Crop, flip, AutoAugment with the CIFAR-10 policy, Cutout: as Ren et al. 2020 do it to CIFAR, in their order."
     def __init__(self, pad:int=4, cutout:int=16): # Pixels: zeros around the image, side of the square
-        super().__init__(CropFlip(pad), AutoAugment('cifar10'), Cutout(cutout))
+        super().__init__(CropFlip(pad), AutoAugment('cifar10', released=True), Cutout(cutout))
         self.pad, self.cutout = pad, cutout
     def __repr__(self): return f'AutoAugmentCutout(pad={self.pad}, cutout={self.cutout})'

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .core import BalancedSoftmax, ClassificationLoss, check_shapes, log_prior
+from .core import BalancedSoftmax, ClassificationLoss, check_shapes, class_indices, log_prior
 from .core import plain_tensor, positive_vector, shifted_cross_entropy
 
 # %% ../nbs/10_baselines.ipynb #ddb297dd
@@ -55,6 +55,7 @@ class SoftmaxLoss(ClassificationLoss):
 def prepare(self:SoftmaxLoss, x, y) -> tuple: # Logits (N, k, ...) in float32 or better, and targets to match
     "Input and target with the class axis at 1. Raises `ValueError` for what does not fit"
     axis, soft = self.class_axis(x), y.is_floating_point()
+    y = class_indices(y, x, axis)
     check_shapes(x, y, x.shape[axis] if self.shift is None else len(self.shift), axis)
     if soft and self.training and self.index_only:
         raise ValueError(f'{type(self).__name__} takes class indices, not probabilities: {self.index_only}')
@@ -256,6 +257,7 @@ class LADE(SoftmaxLoss):
         *, alpha:float=.1, # Weight of the regulariser; 0 is `BalancedSoftmax`
         lam:float=.01, # Weight of the square in it
         target_prior=None, # Class shares of the test set, (k,); default: uniform
+        released:bool=False, # The regulariser as in their code: divided by the column's frequency, not the sample's
         **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         super().__init__(counts, **kwargs)
@@ -267,7 +269,7 @@ class LADE(SoftmaxLoss):
         self.register_buffer('share', p.float())
         self.register_buffer('log_ratio', (q/p).log().float())
         self.register_buffer('log_target', (len(q)*q).log().float())
-        self.alpha, self.lam = alpha, lam
+        self.alpha, self.lam, self.released = alpha, lam, released
 
     def training_loss(self, x, y):
         loss, keep = super().training_loss(x, y), y != self.ignore_index
@@ -279,8 +281,8 @@ class LADE(SoftmaxLoss):
         "R of logits (N, k) and labels (N,), of which those in `keep` count"
         x, hot = x - self.log_target, is_class(y, x.shape[1]) & keep[:, None]
         own = (x*hot).sum(0)/hot.sum(0).clamp_min(1)
-        w = self.log_ratio[torch.where(keep, y, 0)].masked_fill(~keep, -math.inf)
-        m = torch.logsumexp(x + w[:, None], 0) - keep.sum().log()
+        w = self.log_ratio if self.released else self.log_ratio[torch.where(keep, y, 0)][:, None]
+        m = torch.logsumexp((x + w).masked_fill(~keep[:, None], -math.inf), 0) - keep.sum().log()
         return (self.share*(-own + m + self.lam*m**2)).sum()
 
 # %% ../nbs/10_baselines.ipynb #fa3b9445

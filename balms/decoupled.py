@@ -148,9 +148,9 @@ def feature_bank(
     features, targets = [], []
     model.eval()
     for batch in _batches(dl, views):
-        batch = to_device(batch, device)
+        batch = [plain_tensor(x) if isinstance(x, torch.Tensor) else x for x in to_device(batch, device)]
         features.append(plain_tensor(classifier_input(model, *batch[:n_inp])).float())
-        targets.append(plain_tensor(batch[n_inp]))
+        targets.append(batch[n_inp])
     model.train(training)
     vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
     bank = FeatureBank(torch.cat(features), torch.cat(targets), [str(v) for v in vocab])

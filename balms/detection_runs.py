@@ -28,8 +28,8 @@ from .annotations import LVIS_FACTS, Annotations, coco_to_lvis, lvis_differences
 from .files import write_file
 from .instance_ap import InstanceAP
 from .instance_data import InstanceDataset, digit_scenes, instance_dls
-from .meta_gradient import mean_over_ranks
 from .recipe_network import check_losses, detection_network, image_counts
+from .samplers import mean_over_ranks
 from .roi_reweighter import RoIReweighter, box_classifier_learner, region_weights
 from .rows import precision_note, read_row, require_fields, select_rows, write_row
 from .scale import Distributed, ending_together, start_ranks

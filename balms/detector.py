@@ -81,6 +81,7 @@ class LossHeads(RoIHeads):
     def class_loss(self, logits, labels) -> Tensor: # Labels are 0 for background, else 1..k, as torchvision has them
         "Mean over all regions of their weighted losses, a number in float32"
         last = (labels - 1) % (logits.shape[1] + 1)                  # our sigmoid losses have background last
+        if logits.shape[1] == 1: last = (labels == 1).float()[:, None]
         rows = self.loss_func(logits.float(), labels if self.box_predictor.background else last)
         if self.row_weights is not None: rows = rows*self.row_weights(labels)
         return rows.sum()/len(rows)

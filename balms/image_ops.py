@@ -24,16 +24,18 @@ def magnitudes(
     bins:int=10, # Levels
     size=(32, 32), # Height and width: translations are shares of them
     wide:bool=False, # The ranges of TrivialAugment, for `TrivialAugmentWide`
+    released:bool=False, # As the code of Ren et al. 2020 has them; default: as torchvision
 ) -> Tensor: # float64 (bins,), unsigned
     "The magnitude of each level: slope, pixels, degrees, bits, threshold, factor - 1 (Cubuk et al. 2019, Table 6)."
     if op not in OPS: raise ValueError(f'Unknown operation {op!r}: choose from {", ".join(OPS)}')
     if op == 'Posterize': return (8 - (torch.arange(bins)/((bins - 1)/(6 if wide else 4))).round()).double()
-    if op == 'Solarize': return torch.linspace(255, 0, bins).double()
+    if op == 'Solarize': return torch.linspace(256 if released else 255, 0, bins).double()
     if op not in SIGNED: return torch.zeros(bins).double()
     shear, degrees, factor = (.99, 135., .99) if wide else (.3, 30., .9)
     height, width = (32., 32.) if wide else (150/331*size[0], 150/331*size[1])
     largest = dict(ShearX=shear, ShearY=shear, TranslateX=width, TranslateY=height, Rotate=degrees)
-    return torch.linspace(0, largest.get(op, factor), bins).double()
+    levels = torch.linspace(0, largest.get(op, factor), bins).double()
+    return levels.round() if released and op.startswith('Translate') else levels
 
 # %% ../nbs/04f_image_ops.ipynb #1493da79
 def _blend(a, b, weight_a, weight_b): return (weight_a*a + weight_b*b).clamp(0, 255).to(torch.uint8)
@@ -108,7 +110,7 @@ def _smooth(x): # uint8 (b, c, h, w)
     return out
 
 # %% ../nbs/04f_image_ops.ipynb #e88b05e8
-_LIMITS = dict(Posterize=(0, 8), Solarize=(-math.inf, 255)) | dict.fromkeys(
+_LIMITS = dict(Posterize=(0, 8), Solarize=(-math.inf, 256)) | dict.fromkeys(
     ('Brightness', 'Contrast', 'Color', 'Sharpness'), (-1, math.inf))
 
 def _numbered(ops, ms): # int64 (n,), float64 (n,)

@@ -84,7 +84,7 @@ def recipe_sampler(
 
 def _loaders(recipe, train, test, counts, execution, bs):
     "`DataLoaders` of a recipe, and its augmentation on the device"
-    ranks, device, power = execution.ranks, execution.device, METHODS[recipe.method].rates
+    ranks, device, power = execution.ranks, execution.device, METHODS[recipe.method].power
     n, rates = ranks.share(bs), None if power == 1 else sampling_rates(counts, power)
     if ranks.world > 1: test = test.subset(torch.arange(len(test)).tensor_split(ranks.world)[ranks.rank])
     if isinstance(train, ArrayDataset):
@@ -99,6 +99,16 @@ def _loaders(recipe, train, test, counts, execution, bs):
     return dls, None
 
 # %% ../nbs/12cb_learner.ipynb #42cc4e27
+def _forget_counters(net, keys):
+    keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if not key.endswith('num_batches_tracked')]
+
+def _without_counters(net):
+    "Let batch normalisation not count its batches: nothing reads the number, and it costs a kernel a layer"
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.momentum is not None: m.num_batches_tracked = None
+    net.register_load_state_dict_post_hook(_forget_counters)     # files have them, and torch adds them where not
+    return net
+
 def _network(recipe, train, execution, weights):
     "The network of a recipe at its start"
     channels = train.images.shape[1] if isinstance(train, ArrayDataset) else 3
@@ -108,8 +118,9 @@ def _network(recipe, train, execution, weights):
     net = make()
     head = METHODS[recipe.stage1.method].head                        # a second stage keeps the kind of classifier
     if head: replace_classifier(net, head(net.fc.in_features, train.c))
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if execution.sync_bn else net
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if execution.sync_bn else _without_counters(net)
 
+# %% ../nbs/12cb_learner.ipynb #42cc4e28
 def recipe_learner(
     recipe:Recipe, # Of one stage, or of stage 2
     train, # Training images

@@ -18,13 +18,12 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import class_counts, list_classes, plain_tensor
 from .array_loader import ArrayDL
-from .credits import ByAutograd, ClosedForm, loss_shares, statistics_kept
-from .meta_gradient import (ClassRates, ESTIMATORS, inner_step, mean_over_ranks, rank_and_size, rate_gradient,
-                                 weight_gradient)
+from .influence import ByAutograd, ClosedForm, loss_shares, statistics_kept, trial_step, weight_gradient
+from .meta_gradient import ClassRates, ESTIMATORS, rate_gradient
 from .metrics import plot_curves
 from .models import find_classifier
 from .sampled_loader import SampledDL
-from .samplers import ClassSampler, CleansUp, sampling_rates
+from .samplers import ClassSampler, CleansUp, mean_over_ranks, rank_and_size, sampling_rates
 
 # %% ../nbs/09b_meta.ipynb #ebcccb34
 def _class_sampler(dl, labels, rates, seed, num_classes):
@@ -56,8 +55,8 @@ def _check_learner(callback):
     name, dl = type(callback).__name__, callback.dls.train
     for other in callback.learn.cbs:
         if isinstance(other, (MixHandler, GradientAccumulation, MetaCallback)) and other is not callback:
-            raise ValueError(f'{name} cannot train together with {type(other).__name__}: it credits each image to one '
-                             'class, and each batch to one step')
+            raise ValueError(f'{name} cannot train together with {type(other).__name__}: each image must have '
+                             'one class, and each batch one step')
     if not isinstance(dl, TfmdDL) or not hasattr(dl.dataset, '__len__'):
         raise ValueError(f'{name} needs images that can be drawn by class: an ArrayDL, or a fastai loader of a data '
                          f'set with a length, not {type(dl).__name__} over {type(dl.dataset).__name__}')
@@ -82,7 +81,7 @@ def _linear_head(net):
     trained = {p for p in net.parameters() if p.requires_grad}
     return head if is_linear and trained == set(head.parameters()) else None
 
-def _credits(callback):
+def _influences(callback):
     "`ClosedForm` where it holds, else `ByAutograd`; `backprop` may ask for one. Raises `ValueError` if not"
     parts = callback.learn, callback.network, callback.trial_step
     head = _linear_head(callback.network)
@@ -117,7 +116,7 @@ class MetaCallback(CleansUp):
     def __init__(self,
         lr:float=.01, # Of the rates, with Adam
         betas:tuple=(.9, .99), # Of Adam; the released code has (0.9, 0.999)
-        inner:str='optimizer', # Trial step: the 'optimizer''s own, or 'sgd', a plain step at its learning rate
+        trial:str='optimizer', # Trial step: the 'optimizer''s own, or 'sgd', a plain step at its learning rate
         backprop:str='auto', # 'closed' form, 'autograd', or 'auto': closed where only the last linear layer is trained
         init_pow:float=0., # Starting point, see `ClassRates`
         count_pow:float=1., # Meaning of equal rates, see `ClassRates`
@@ -127,13 +126,13 @@ class MetaCallback(CleansUp):
         seed:int=0, # Of the draws
         record:int=50, # Steps between two entries of `history`
     ):
-        choices = dict(inner=('optimizer', 'sgd'), backprop=('auto', 'closed', 'autograd'))
-        for name, value in dict(inner=inner, backprop=backprop).items():
+        choices = dict(trial=('optimizer', 'sgd'), backprop=('auto', 'closed', 'autograd'))
+        for name, value in dict(trial=trial, backprop=backprop).items():
             if value not in choices[name]: raise ValueError(f'{name} must be in {choices[name]}, not {value!r}')
-        self.inner, self.backprop, self.meta_bs, self.meta_ds, self.labels = inner, backprop, meta_bs, meta_ds, labels
+        self.trial, self.backprop, self.meta_bs, self.meta_ds, self.labels = trial, backprop, meta_bs, meta_ds, labels
         self.adam, self.start = dict(lr=lr, betas=betas), dict(init_pow=init_pow, count_pow=count_pow)
         self.seed, self.record, self.n_steps, self.history, self.warned = seed, record, 0, [], False
-        self.psi = self.credits = self.sample_weights = self.sampler = self.trained_on = None
+        self.psi = self.influences = self.sample_weights = self.sampler = self.trained_on = None
         self.to_load = self.before_lr_find = None
 
     @property
@@ -142,7 +141,7 @@ class MetaCallback(CleansUp):
         "Labels of the training set, or the data set that has them"
         ds = self.dls.train.dataset
         return ds if self.labels is None or hasattr(ds, 'views') else self.labels   # a bank of views has its own
-    def trial_step(self, params, grads): return inner_step(self.opt, params, grads, plain=self.inner == 'sgd')
+    def trial_step(self, params, grads): return trial_step(self.opt, params, grads, plain=self.trial == 'sgd')
     def set_rates(self):
         "The rates of the next batch"
         self.rates = self.psi.rates()
@@ -151,7 +150,7 @@ class MetaCallback(CleansUp):
     def make_sampler(self, counts): "The sampler of training batches, if rates decide them"
     def install(self): "Let training use the rates"
     def uninstall(self): "Put back what `install` replaced"
-    def gradient(self, credit, targets): "Gradient of the meta loss by log r_c (k,)"
+    def gradient(self, influence, targets): "Gradient of the meta loss by log r_c (k,)"
 
 # %% ../nbs/09b_meta.ipynb #7a288fa4
 @patch
@@ -161,8 +160,8 @@ def before_train(self:MetaCallback):
     self.prepare(_training_counts(self))
     self.install()
     self.learn.dl, self.batch_checked = self.dls.train, False
-    self.credits = _credits(self)
-    self.closed_form = isinstance(self.credits, ClosedForm)
+    self.influences = _influences(self)
+    self.closed_form = isinstance(self.influences, ClosedForm)
     self.meta_batches = _plain_batches(self.meta_dl, self.psi.w.device)
 
 @patch
@@ -176,7 +175,7 @@ def prepare(self:MetaCallback, counts):
         self.gen, self.n_steps, self.history = torch.Generator(device).manual_seed(self.seed + 2), 0, []
         ds, labels = (dl.dataset, self.training_labels()) if self.meta_ds is None else (self.meta_ds, self.meta_ds)
         self.meta_dl = _meta_loader(dl, ds, labels, len(counts), self.meta_bs or dl.bs, self.seed + 1)
-        self.log_counts, self.sampler = counts.double().log().to(self.psi.w), self.make_sampler(counts)
+        self.counts, self.sampler = counts.to(self.psi.w), self.make_sampler(counts)
         self.trained_on = dl.dataset, self.model, (dl.bs, device)
     self.rates = self.psi.rates()
     if self.to_load: self.load_state_dict(self.to_load)
@@ -184,7 +183,7 @@ def prepare(self:MetaCallback, counts):
 
 # %% ../nbs/09b_meta.ipynb #1aa559aa
 @patch
-def before_batch(self:MetaCallback): self.credits.before_batch()
+def before_batch(self:MetaCallback): self.influences.before_batch()
 
 @patch
 def after_backward(self:MetaCallback):
@@ -192,16 +191,16 @@ def after_backward(self:MetaCallback):
     scale = scaler.get_scale() if scaler else 1.
     if not self.batch_checked:
         _check_batch(self, targets)
-        if self.closed_form: _check_closed_form(self.credits.output, plain_tensor(self.pred).detach())
+        if self.closed_form: _check_closed_form(self.influences.output, plain_tensor(self.pred).detach())
         self.batch_checked = True
     if not any(hypers['lr'] for hypers in self.opt.hypers):
         if not self.warned: warnings.warn(f'{type(self).__name__}: the learning rate is 0, so the rates learn nothing')
         self.warned = True
         return
     with torch.no_grad(), statistics_kept(self.network):
-        credit = self.credits.credit(*next(self.meta_batches), scale, self.sample_weights)
-    if scale != 1 and not credit.isfinite().all(): return
-    self.psi.w.grad = self.gradient(credit.to(self.psi.w.dtype), targets)*(1 - self.psi.r)
+        influence = self.influences.influence(*next(self.meta_batches), scale, self.sample_weights)
+    if scale != 1 and not influence.isfinite().all(): return
+    self.psi.w.grad = self.gradient(influence.to(self.psi.w.dtype), targets)*(1 - self.psi.r)
     self.psi_opt.step()
     self.set_rates()
     if self.n_steps % self.record == 0: self.history.append((self.n_steps, self.psi.r.cpu()))
@@ -211,9 +210,9 @@ def after_backward(self:MetaCallback):
 @patch
 def clean_up(self:MetaCallback):
     "Leave network and loaders as they were"
-    if self.credits: self.credits.remove()
+    if self.influences: self.influences.remove()
     self.uninstall()
-    self.credits = self.meta_batches = None
+    self.influences = self.meta_batches = None
 
 @patch
 def after_train(self:MetaCallback): self.clean_up()
@@ -263,14 +262,12 @@ def load_state_dict(self:MetaCallback, state:dict): # From `state_dict`
 class MetaSampler(MetaCallback):
     "Draws training batches by class rates that it learns against a class-balanced meta set (Ren et al. 2020, Eq. 13)"
     def __init__(self,
-        estimator:str='gumbel', # 'gumbel', the paper's straight-through one, or 'expected', exact in expectation
-        temperature:float=1., # Of the soft draws of 'gumbel'
+        estimator:str='expected', # 'expected', the likelihood ratio, or 'gumbel', the paper's instance-level one
         **kwargs # Of `MetaReweighter`
     ):
         if estimator not in ESTIMATORS: raise ValueError(f'estimator must be in {list(ESTIMATORS)}, not {estimator!r}')
-        if not temperature > 0: raise ValueError(f'temperature must be positive, not {temperature}')
         super().__init__(**kwargs)
-        self.estimator, self.temperature = estimator, temperature
+        self.estimator = estimator
 
     def make_sampler(self, counts):
         return _class_sampler(self.dls.train, self.training_labels(), self.psi.rates(), self.seed, len(counts))
@@ -289,8 +286,8 @@ class MetaSampler(MetaCallback):
         "This rank's rows of uniform numbers for the joint batch"
         rank, ranks = rank_and_size()
         return torch.rand(ranks, *shape, generator=self.gen, device=self.gen.device)[rank]
-    def gradient(self, credit, targets):
-        g = rate_gradient(credit, targets, self.rates, self.estimator, self.temperature, self.uniform)
+    def gradient(self, influence, targets):
+        g = rate_gradient(influence, targets, self.rates, self.estimator, self.counts, self.uniform)
         return mean_over_ranks(g)
 
 # %% ../nbs/09b_meta.ipynb #efe2f733
@@ -299,10 +296,10 @@ class MetaReweighter(MetaCallback):
     def after_loss(self):
         targets = plain_tensor(self.y)
         _check_batch(self, targets)
-        weights = (self.psi.log_rates().detach() - self.log_counts).softmax(0)[targets]
+        weights = (self.psi.log_rates().detach() - self.counts.log()).softmax(0)[targets]
         self.sample_weights = weights/mean_over_ranks(weights.mean())
         self.learn.loss_grad = loss_shares(self.loss_func, self.pred, self.y, self.sample_weights).sum()
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
-    def gradient(self, credit, targets):
-        return weight_gradient(credit, targets, self.sample_weights, len(self.psi.w), mean_over_ranks)
+    def gradient(self, influence, targets):
+        return weight_gradient(influence, targets, self.sample_weights, len(self.psi.w), mean_over_ranks)

@@ -24,7 +24,7 @@ class Method:
     title: str # As in the tables
     loss: object = None # Class counts -> loss module; None: nothing is trained, the model of `stage1` is evaluated
     stage1: str = None # The method whose trained model it starts from: only the classifier is trained again
-    rates: float = 1. # Classes are drawn at rates n_c^rates: 1 instance-balanced, 0 class-balanced
+    power: float = 1. # Classes are drawn at rates n_c^power: 1 instance-balanced, 0 class-balanced
     meta: type = None # `MetaSampler` or `MetaReweighter`
     scales: bool = False # Stage 2 trains one scale a class in place of the weights (LWS)
     head: type = None # Class of the network's classifier, of (features, k); default: as the network has it
@@ -35,8 +35,8 @@ class Method:
     def __post_init__(self):
         if not (self.loss or self.stage1):
             raise ValueError(f'{self.title}: a method needs a loss to train with, or a stage1 whose model it takes')
-        if not self.loss and (self.meta or self.rates != 1 or self.scales):
-            raise ValueError(f'{self.title}: rates, meta and scales are for a method that trains with a loss')
+        if not self.loss and (self.meta or self.power != 1 or self.scales):
+            raise ValueError(f'{self.title}: power, meta and scales are for a method that trains with a loss')
         if self.loss and (self.adjust or self.rebuild):
             raise ValueError(f'{self.title}: adjust and rebuild are for a method without a loss. '
                 'Probabilities come from the loss: give it an `activation`')
@@ -60,7 +60,7 @@ METHODS = dict(
     # end to end
     softmax          = Method('Softmax', _softmax_loss),
     cbw              = Method('CBW', CBW),
-    cbs              = Method('CBS', _softmax_loss, rates=0.),
+    cbs              = Method('CBS', _softmax_loss, power=0.),
     focal            = Method('Focal Loss', FocalLoss),
     class_balanced   = Method('Class Balanced Loss', ClassBalancedLoss),
     ldam             = Method('LDAM Loss', LDAM, head=CosineLinear),
@@ -79,21 +79,21 @@ METHODS = dict(
     tau_norm         = _after_softmax('Tau-normalised', rebuild=lambda learn: tau_normalize(learn.model.fc)),
     ncm              = _after_softmax('Nearest class mean', rebuild=nearest_class_mean),
     # a classifier is trained after Softmax
-    crt              = _after_softmax('cRT', _softmax_loss, rates=0.),
-    lws              = _after_softmax('LWS', _softmax_loss, rates=0., scales=True),
+    crt              = _after_softmax('cRT', _softmax_loss, power=0.),
+    lws              = _after_softmax('LWS', _softmax_loss, power=0., scales=True),
     bs_quarter_dt    = _after_softmax('Balanced Softmax 1/4 + DT', _quarter),
     bs_quarter_dt_ms = _after_softmax('Balanced Softmax 1/4 + DT + MS', _quarter, meta=MetaSampler),
     bs_dt            = _after_softmax('Balanced Softmax + DT', BalancedSoftmax),
-    bs_cbs_dt        = _after_softmax('Balanced Softmax + CBS + DT', BalancedSoftmax, rates=0.),
+    bs_cbs_dt        = _after_softmax('Balanced Softmax + CBS + DT', BalancedSoftmax, power=0.),
     dt_ms            = _after_softmax('DT + MS', _softmax_loss, meta=MetaSampler),
     bs_dt_mr         = _after_softmax('Balanced Softmax + DT + MR', BalancedSoftmax, meta=MetaReweighter),
     balms            = _after_softmax('BALMS', BalancedSoftmax, meta=MetaSampler),
     # Table 8: features by one, classifier by another
     s_s              = _after_softmax('Softmax, then Softmax', _softmax_loss),
     cbs_s            = Method('CBS, then Softmax', _softmax_loss, stage1='cbs'),
-    cbs_cbs          = Method('CBS, then CBS', _softmax_loss, stage1='cbs', rates=0.),
+    cbs_cbs          = Method('CBS, then CBS', _softmax_loss, stage1='cbs', power=0.),
     cbs_bs           = Method('CBS, then BS', BalancedSoftmax, stage1='cbs'),
     bs_s             = Method('BS, then Softmax', _softmax_loss, stage1='bs'),
-    bs_cbs           = Method('BS, then CBS', _softmax_loss, stage1='bs', rates=0.),
+    bs_cbs           = Method('BS, then CBS', _softmax_loss, stage1='bs', power=0.),
     bs_bs            = Method('BS, then BS', BalancedSoftmax, stage1='bs'),
 )

@@ -18,9 +18,10 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from .decoupled import ScaledLinear, classifier_optimizer, trained
 from .detector import LossHeads, box_classifier
-from .meta_gradient import ClassRates, closed_form_credit, inner_step, mean_over_ranks, weight_gradient
+from .influence import trial_step, weight_gradient
+from .meta_gradient import ClassRates, closed_form_influence
 from .metrics import COLORS, styled_axis
-from .samplers import CleansUp
+from .samplers import CleansUp, mean_over_ranks
 from .scale import Ranks
 
 # %% ../nbs/14d_roi_reweighter.ipynb #69b47c85
@@ -85,7 +86,7 @@ def reweighting_gradient(
     weights:Tensor, # Of the regions in the training loss (N,), see `region_weights`
     meta_features:Tensor, # Of meta regions (M, d)
     meta_labels:Tensor, # (M,), 0 for background, else 1..k
-    step, # Called with `params` and their gradients, gives what `inner_step` does
+    step, # Called with `params` and their gradients, gives what `trial_step` does
     grads:list=None, # Gradient of the training loss by `params`; default: computed here
     average=None, # Called with tensors: their means over ranks
 ) -> Tensor: # (k,)
@@ -93,9 +94,9 @@ def reweighting_gradient(
     k, fg = dlogits.shape[1], (labels > 0).nonzero()[:, 0]
     meta_targets = (meta_labels - 1) % (k + 1)
     if grads is None: grads = [dlogits.T @ features, dlogits.sum(0)][:len(params)]
-    credit = closed_form_credit(params, features[fg], dlogits[fg], meta_features, meta_targets, step, grads, average,
-                                sigmoid_residual)
-    return weight_gradient(credit, labels[fg] - 1, weights[fg], k, average)
+    influence = closed_form_influence(params, features[fg], dlogits[fg], meta_features, meta_targets, step, grads,
+                                      average, sigmoid_residual)
+    return weight_gradient(influence, labels[fg] - 1, weights[fg], k, average)
 
 # %% ../nbs/14d_roi_reweighter.ipynb #8d9929be
 class RoIReweighter(CleansUp):
@@ -104,12 +105,12 @@ class RoIReweighter(CleansUp):
     def __init__(self,
         lr:float=.001, # Of the weights, with Adam; the released code has 0.01
         betas:tuple=(.9, .99), # Of Adam
-        inner:str='optimizer', # Trial step: the 'optimizer''s own, or 'sgd', one plain step at its learning rate
+        trial:str='optimizer', # Trial step: the 'optimizer''s own, or 'sgd', one plain step at its learning rate
         meta_dl=None, # Loader of meta batches; default: the regions of one step are the meta regions of the next
         record:int=50, # Steps between two entries of `history`
     ):
-        if inner not in ('optimizer', 'sgd'): raise ValueError(f"inner must be 'optimizer' or 'sgd', not {inner!r}")
-        self.adam, self.inner, self.meta_dl, self.record = dict(lr=lr, betas=betas), inner, meta_dl, record
+        if trial not in ('optimizer', 'sgd'): raise ValueError(f"trial must be 'optimizer' or 'sgd', not {trial!r}")
+        self.adam, self.trial, self.meta_dl, self.record = dict(lr=lr, betas=betas), trial, meta_dl, record
         self.psi = self.trained_on = None                            # the weights, and the network they are for
         self.now = self.meta = self.batches = None                   # regions of this step, and meta regions
         self.pending = self.trying = None                            # a state to restore, when training begins or ends
@@ -194,7 +195,7 @@ def after_backward(self:RoIReweighter):
     if meta is not None and any(h['lr'] for h in self.opt.hypers):
         rows = features, logits.grad/scale, self.weights(labels), meta[0]
         f, dz, a, fm = (t.to(params[0].dtype) for t in rows)         # in half precision features are
-        step, grads = partial(inner_step, self.opt, plain=self.inner == 'sgd'), [p.grad/scale for p in params]
+        step, grads = partial(trial_step, self.opt, plain=self.trial == 'sgd'), [p.grad/scale for p in params]
         g = reweighting_gradient(params, f, dz, labels, a, fm, meta[1], step, grads, mean_over_ranks)
         if g.isfinite().all():                                       # not in a step that overflowed in half precision
             self.psi.w.grad = g.to(self.psi.w.dtype)*(1 - self.psi.r)

@@ -7,7 +7,7 @@ __all__ = ['ROW_FIELDS', 'SCORES', 'environment', 'precision_note', 'write_row',
            'select_rows', 'collect_rows']
 
 # %% ../nbs/12b_rows.ipynb #24218072
-import json, platform, subprocess
+import json, os, platform, subprocess
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +20,10 @@ SCORES = 'overall', 'many', 'medium', 'few', 'ece'                          # wh
 
 @lru_cache                                                                  # one process of git at most
 def _commit():
-    "The commit of the checkout that this code stands in, '-dirty' if it was changed since; None outside of one"
+    "What BALMS_COMMIT says, or the commit of the checkout that this code is in, '-dirty' if it was changed since"
     checkout = Path(balms.__file__).resolve().parent.parent
-    if not (checkout/'nbs/12b_rows.ipynb').exists(): return None
+    given = os.environ.get('BALMS_COMMIT')                                  # of a copy without its history
+    if given or not (checkout/'nbs/12b_rows.ipynb').exists(): return given
     git = ['git', '-C', str(checkout), 'describe', '--always', '--dirty', '--exclude=*']
     try: return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.callback.core import Callback
 from fastai.torch_core import default_device
 from .core import plain_tensor
-from .meta_gradient import mean_over_ranks
+from .samplers import mean_over_ranks
 
 # %% ../nbs/11b_scale.ipynb #9958b104
 def _random_states(device):

@@ -81,17 +81,20 @@ class ClassBalancedLoss(SoftmaxLoss):
         *, beta:float=.9999, # 0 weighs no class, 1 by 1/n_j
         kind:str='softmax', # 'softmax', 'sigmoid' or 'focal' (which is the sigmoid form)
         gamma:float=.5, # For 'focal'
+        mean_over:str='weights', # 'mean' for kind softmax: 'weights', as `F.cross_entropy`, or 'samples', as Cui et al.
         **kwargs # Of `SoftmaxLoss`: weight, ignore_index, reduction, label_smoothing, axis
     ):
         if kind not in ('softmax', 'sigmoid', 'focal'):
             raise ValueError(f"kind must be 'softmax', 'sigmoid' or 'focal', not {kind!r}")
+        if mean_over not in ('weights', 'samples'):
+            raise ValueError(f"mean_over must be 'weights' or 'samples', not {mean_over!r}")
         if gamma < 0: raise ValueError(f'gamma must be 0 or more, not {gamma}')
         super().__init__(counts, **kwargs)
         if self.label_smoothing and kind != 'softmax':
             raise ValueError(f'label_smoothing is for kind softmax: the {kind} targets of a sample are not one '
                              'distribution over the classes')
         self.balance = class_weights(effective_number(counts, beta))
-        self.beta, self.kind, self.gamma = beta, kind, gamma
+        self.beta, self.kind, self.gamma, self.mean_over = beta, kind, gamma, mean_over
 
     def forward(self, input:Tensor, target:Tensor) -> Tensor:
         "Loss of logits (N, k, ...) for class indices (N, ...) or probabilities (N, k, ...)"
@@ -104,6 +107,14 @@ class ClassBalancedLoss(SoftmaxLoss):
         return super().activation(x) if self.kind == 'softmax' else x.sigmoid()
 
 # %% ../nbs/10a_sigmoid_baselines.ipynb #238eb8ee
+@patch
+def training_loss(self:ClassBalancedLoss, x, y):
+    loss = SoftmaxLoss.training_loss(self, x, y)
+    if self.mean_over == 'weights' or self.reduction != 'mean' or y.is_floating_point(): return loss
+    keep = y != self.ignore_index
+    weights = self.class_weight().to(loss.dtype)[torch.where(keep, y, 0)]*keep
+    return loss*weights.sum()/keep.sum()
+
 @patch
 def check_one_class(self:ClassBalancedLoss, input, target):
     "Raise `ValueError` for targets that are not one class a sample; on a GPU this would cost a synchronisation"

@@ -172,6 +172,14 @@ def read_metadata(
         except ValueError: metadata[key] = text                  # of somebody else, who wrote plain text
     return metadata
 
+# %% ../nbs/06a_weights.ipynb #6dc59b53
+def _classifier_class(recipe):
+    "What the method of a recipe puts in place of the network's own classifier, such as LDAM's; None: nothing"
+    from balms.methods import METHODS                            # which builds on this module
+    method = METHODS.get(recipe.get('method'))
+    if method and method.stage1: method = METHODS[method.stage1]
+    return method and method.head
+
 def load_model(
     path, # Written by `save_model`
 ) -> tuple: # The network in evaluation mode, and the metadata
@@ -180,5 +188,7 @@ def load_model(
     missing = [key for key in ('network', 'classes') if key not in metadata]
     if missing: raise ValueError(f'{path} does not say {" and ".join(missing)}: load it with load_weights')
     model = get_model(metadata['network'], len(metadata['classes']), metadata.get('in_channels', 3))
+    head = _classifier_class(metadata.get('recipe') or {})
+    if head: model.fc = head(model.fc.in_features, model.fc.out_features)
     load_weights(model, path, keep_classifier=True)
     return model.eval(), metadata

@@ -5,7 +5,8 @@
 Crop with padding 4, flip, AutoAugment (CIFAR-10 policy) and Cutout 16, on batches of 512 images of 3 x 32 x 32, into
 one uint8 tensor. `ours` is `balms.augment.AutoAugmentCutout` on a uint8 batch. The others are torchvision's transforms,
 called once an image, and a Cutout that sets a slice to zero: on PIL images, as the usual training script has them, in
-this process and in `--workers` DataLoader workers (one thread each), and on tensors. The sides are timed in short
+this process and in `--workers` DataLoader workers (one thread each), and on tensors. (Ours takes the paper's form of
+AutoAugment; other lengths of translations and grey for black cost nothing.) The sides are timed in short
 turns, so that whatever else the machine does falls on all of them; workers have an empty queue when their turn begins,
 and a full one, which stops them, when it is another's. Figures are medians over the turns.
 

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from balms.core import BalancedSoftmax
 from balms.data import ArrayDL, ArrayDataset, array_dls, long_tail_counts
 from balms.decoupled import ClassifierOnly, feature_bank
+from balms.influence import trial_step
 from balms.meta import MetaSampler
-from balms.meta_gradient import ClassRates, closed_form_credit, inner_step, rate_gradient
+from balms.meta_gradient import ClassRates, closed_form_influence, rate_gradient
 from balms.models import get_model
 from balms.samplers import ClassSampler, sampling_rates
 
@@ -68,14 +69,14 @@ class Ours(Plain):
         self.psi_opt = torch.optim.Adam(self.psi.parameters(), .01, (.9, .99), fused=True)
         self.meta = ClassSampler(self.Y, sampling_rates(self.counts, 0.), 1, device=self.X.device)
         self.params = list(self.head.parameters())
-        self.trial = partial(inner_step, self.opt)
+        self.trial = partial(trial_step, self.opt)
     def step(self):
         self.backward()
         with torch.no_grad():
             idx = self.meta.draw(B)
             meta, grads = (self.X[idx], self.Y[idx]), [p.grad for p in self.params]
-            credit = closed_form_credit(self.params, self.f, self.z.grad, *meta, self.trial, grads)
-            self.psi.w.grad = rate_gradient(credit, self.y, self.rates, 'gumbel')*(1 - self.psi.r)
+            influence = closed_form_influence(self.params, self.f, self.z.grad, *meta, self.trial, grads)
+            self.psi.w.grad = rate_gradient(influence, self.y, self.rates)*(1 - self.psi.r)
         self.psi_opt.step()
         self.rates = self.psi.rates()
         self.sampler.set_rates(self.rates)

@@ -15,6 +15,13 @@ PROFILE = os.environ.get('BALMS_PROFILE') or os.environ.get('HYPOTHESIS_PROFILE'
 settings.load_profile(PROFILE)
 
 
+def pytest_collection_modifyitems(items):
+    "Tests marked cuda are skipped where there is none"
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker('cuda'): item.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
+
 @pytest.fixture(scope='session')
 def nightly(): return PROFILE == 'nightly'
 

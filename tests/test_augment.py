@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torchvision.transforms as T
+from PIL import Image, ImageOps
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +25,9 @@ from balms.long_tail import ArrayDataset
 
 P = 1e-3                           # a right sampler falls below it once in a thousand seeds; seeds are fixed
 ALL = [CropFlip(4), Cutout(16), AutoAugment('cifar10'), AutoAugment('imagenet'), AutoAugment('svhn'), RandAugment(),
-       TrivialAugmentWide(), AutoAugmentCutout()]
+       TrivialAugmentWide(), AutoAugmentCutout(), AutoAugment(released=True)]
 POLICY = [f for f in ALL if hasattr(f, 'draw')]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+cuda = pytest.mark.cuda
 
 
 def seeded(s=0, device='cpu'): return torch.Generator(device).manual_seed(s)
@@ -232,6 +233,38 @@ def test_policy_is_torchvisions(name):
     assert torch.equal(ours(x, seeded(5)), torch.stack([tv(i) for i in x]))
 
 
+def as_the_authors(x, o, level, sign):
+    "One operation of the released code of Ren et al. 2020 on a PIL image; shears with the nearest pixel"
+    share, slope, width, height = 150/331*level/9, .3*level/9, *x.size
+    def moved(*matrix): return x.transform(x.size, Image.Transform.AFFINE, matrix, fillcolor=(128, 128, 128))
+    if o == 'TranslateX': return moved(1, 0, -sign*share*width, 0, 1, 0)
+    if o == 'TranslateY': return moved(1, 0, 0, 0, 1, -sign*share*height)
+    if o == 'ShearX': return moved(1, sign*slope, 0, 0, 1, 0)
+    if o == 'ShearY': return moved(1, 0, 0, sign*slope, 1, 0)
+    if o == 'Rotate': return x.rotate(sign*30*level/9, fillcolor=(128, 128, 128))
+    if o == 'Solarize': return ImageOps.solarize(x, 256*(1 - level/9))
+
+
+@pytest.mark.parametrize('o', ('TranslateX', 'TranslateY', 'Rotate', 'Solarize', 'ShearX', 'ShearY'))
+@pytest.mark.parametrize('h,w', [(32, 32), (20, 27)])
+def test_released_form(o, h, w):
+    "Every level and sign, all equal, but for pixels that a shear or a rotation puts between two others"
+    x, between = noise(8, h=h, w=w), {('ShearX', 2): .05, ('ShearX', 6): .11, ('ShearY', 2): .05, ('ShearY', 6): .11}
+    for level in range(10):
+        aug = AutoAugment([((o, 1., level), ('Identity', 0., 0))], released=True, dense=False)
+        for negative, sign in enumerate((1, -1)):
+            e = torch.tensor([[2 - negative]*8, [0]*8])
+            want = [TF.pil_to_tensor(as_the_authors(TF.to_pil_image(i), o, level, sign)) for i in x]
+            differ = (aug.apply(x, e) != torch.stack(want)).float().mean()
+            assert differ <= (.002 if o == 'Rotate' else between.get((o, level), 0)), (level, sign)
+
+
+def test_augmentation_of_the_paper_is_the_released_form():
+    _, policy, _ = AutoAugmentCutout().augments
+    assert (policy.policy, policy.released, policy.fill) == ('cifar10', True, 128)
+    assert (AutoAugment().released, AutoAugment().fill, AutoAugment(released=True, fill=0).fill) == (False, 0, 0)
+
+
 # ---- draws
 
 def policy_p(aug, n=60_000, seed=0):
@@ -315,7 +348,7 @@ def test_floats_out_of_range(bad):
     (lambda: AutoAugment(fill=300)(noise(2)), '300'),
     (lambda: AutoAugment(fill=(1, 2))(noise(2)), '3 channels'),
     (lambda: apply_ops(noise(2), 'Blur', 0), "'Blur'"),
-    (lambda: apply_ops(noise(2), 'Solarize', 256), 'Solarize.*256'),
+    (lambda: apply_ops(noise(2), 'Solarize', 257), 'Solarize.*257'),
     (lambda: apply_ops(noise(2), 'Color', -1.5), 'Color.*-1.5'),
     (lambda: apply_ops(noise(2), 'Rotate', math.nan), 'Rotate')])
 def test_errors(call, named):

@@ -34,10 +34,10 @@ def ldam(x, j):
 def eql(x, j):
     out = (N/N.sum() < .3/K) & (torch.arange(K) != j)
     return torch.where(out, torch.tensor(float('-inf'), dtype=torch.float64), x)
-def lade(x, y):
+def lade(x, y, released=False):
     p, r = N/N.sum(), 0.
     for c in range(K):
-        m = ((1/K)/p[y]*x[:, c].exp()).mean().log()
+        m = ((1/K)/p[c if released else y]*x[:, c].exp()).mean().log()
         r = r + p[c]*((-x[y == c, c].mean() if (y == c).any() else 0) + m + .01*m**2)
     return .1*r
 
@@ -52,10 +52,13 @@ SOFTMAX = dict(
     la=(partial(LogitAdjusted, tau=0.7), lambda x: ce(x + 0.7 * N.log()), None),
     vs=(VectorScaling, lambda x: ce((N / N.max()) ** 0.15 * x + 1.25 * N.log()), None),
     lade=(LADE, lambda x: ce(x + N.log()), None),
+    lade_released=(partial(LADE, released=True), lambda x: ce(x + N.log()), None),
+    cb_samples=(partial(ClassBalancedLoss, mean_over='samples'), ce, EFF),
 )
 INDEX_ONLY = dict(
     ldam='the margin is that of the true class', eql='left out of the softmax', lade='which samples are of class c'
 )
+INDEX_ONLY['lade_released'] = INDEX_ONLY['lade']
 
 
 def sigmoid_focal(x, hot):
@@ -105,8 +108,9 @@ def naive(name, x, y, ignore, reduction):
         keep = y != ignore
         y = torch.where(keep, y, 0)
         l, total = torch.where(keep, (w*l).gather(1, y[:, None])[:, 0], 0.), (w[y]*keep).sum()
-        if name == 'lade':
-            r = lade(x[keep], y[keep])
+        if name == 'cb_samples': total = keep.sum()
+        if name.startswith('lade'):
+            r = lade(x[keep], y[keep], name == 'lade_released')
             if reduction == 'mean': return l.sum()/total + r
             l = l + r*keep
     return l if reduction == 'none' else l.sum() if reduction == 'sum' else l.sum()/total
@@ -225,7 +229,10 @@ def test_bad_targets_counts_and_options(make):
     for t in (7, -1):
         with pytest.raises(IndexError, match='0..4'): f(x, torch.full((8,), t))
     with pytest.raises(ValueError, match='counts 5'): f(torch.randn(8, 4), torch.zeros(8).long())
-    for t in (torch.zeros(3).long(), torch.zeros(8, 1).long(), torch.rand(8, 4)):
+    f = make(COUNTS).eval()                                # losses that draw numbers do so in training
+    column = torch.zeros(8, 1, dtype=torch.int8)           # as tables have labels
+    assert torch.equal(f(x, column), f(x, column[:, 0].long()))
+    for t in (torch.zeros(3).long(), torch.zeros(8, 2).long(), torch.rand(8, 4)):
         with pytest.raises((ValueError, RuntimeError)): f(x, t)
     for counts, message in [
         ([], 'empty'),

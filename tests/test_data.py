@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import balms.datasets
 from balms.array_loader import ArrayDL, array_dls
 from balms.augment import CropFlip
 from balms.core import class_counts
-from balms.datasets import (CIFAR, cache_dir, cached, cifar_order, data_root, load_data, load_digits, load_folder,
-                            read_image)
+from balms.datasets import (CIFAR, cache_dir, cached, cifar_order, clothes_folder, data_root, load_data, load_digits,
+                            load_folder, read_image)
 from balms.files import file_crc, folder_lock, write_file
 from balms.long_tail import ArrayDataset, long_tail, long_tail_counts, long_tail_indices
 
@@ -237,6 +238,23 @@ def test_what_is_in_a_class_folder(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert len(load_folder(root)[0]) == 12
+
+
+def test_clothes(tmp_path, monkeypatch):
+    "The photos of the package, unpacked once, whole or not at all"
+    folder = clothes_folder()
+    photo = min(folder.glob('train/Blouse/*'))
+    before = photo.stat().st_ino
+    assert clothes_folder() == folder and photo.stat().st_ino == before
+    assert len([*folder.glob('train/*/*')]) == 1225 and len([*folder.glob('test/*/*')]) == 170
+    assert 'CC0' in (folder/'README.md').read_text()
+    train, test = load_data('clothes', size=16)
+    assert class_counts(train).max() == 250 and class_counts(test).tolist() == [10]*17
+    monkeypatch.setenv('BALMS_CACHE', str(tmp_path/'other'))
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(zipfile.ZipFile, 'extractall', full)
+    with pytest.raises(OSError, match='No space left'): clothes_folder()
+    assert not [*(tmp_path/'other').glob('*/*')]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -13,7 +13,7 @@ from balms.baselines import LDAM
 from balms.detector import SEG_METHODS, InstanceSeg, detect, mask_rcnn, sum_losses, use_loss
 from balms.instance_data import digit_scenes, instance_dls
 from balms.annotations import read_annotations
-from balms.meta_gradient import inner_step
+from balms.influence import trial_step
 from balms.stage import TrainOnly
 from balms.roi_reweighter import (
     BoxClassifierOnly, RoIReweighter, box_classifier_learner, region_weights, reweighting_gradient, sigmoid_residual)
@@ -177,7 +177,7 @@ def test_sigmoid_residual_is_the_gradient():
 
 def test_without_foreground_the_weights_have_no_gradient():
     f, head, y = torch.randn(8, 3), torch.nn.Linear(3, 4), torch.zeros(8, dtype=torch.long)
-    step = partial(inner_step, torch.optim.SGD(head.parameters(), .1))
+    step = partial(trial_step, torch.optim.SGD(head.parameters(), .1))
     a = region_weights(y, torch.rand(4))
     with torch.no_grad(): g = reweighting_gradient(list(head.parameters()), f, torch.randn(8, 4), y, a, f, y, step)
     assert torch.equal(g, torch.zeros(4))
@@ -227,7 +227,7 @@ def test_ranks_with_unequal_foreground_have_the_gradient_of_the_whole():
         a = region_weights(y[r], w.detach().sigmoid(), pool)
         z = head(f[r]).detach().requires_grad_()
         dz = torch.autograd.grad((rows(loss, z, y[r])*a).mean(), z)[0]
-        step, mean_grads = partial(inner_step, opt), [g.detach() for g in grads]
+        step, mean_grads = partial(trial_step, opt), [g.detach() for g in grads]
         with torch.no_grad():
             return a, reweighting_gradient(params, f[r], dz, y[r], a, fm[r], ym[r], step, mean_grads, pool)
     (a0, g0), (a1, g1) = pool.run(rank)

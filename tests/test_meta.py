@@ -15,14 +15,15 @@ from fastai.data.load import DataLoader
 from fastai.learner import load_learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.vision.all import ImageDataLoaders, aug_transforms, resnet18, vision_learner
-import balms.credits
+import balms.influence
 from balms.augment import CropFlip
 from balms.baselines import CosineLinear
 from balms.core import BalancedSoftmax, balanced_softmax_loss, class_counts
 from balms.data import FeatureBank, array_dls, load_digits, long_tail
 from balms.decoupled import ClassifierOnly, feature_bank
+from balms.influence import weight_gradient
 from balms.meta import MetaReweighter, MetaSampler
-from balms.meta_gradient import ClassRates, rate_gradient, soft_draw, weight_gradient
+from balms.meta_gradient import ClassRates, rate_gradient, soft_draw
 from balms.models import get_model
 from balms.sampled_loader import resampled
 from balms.samplers import ClassSampler, sampling_rates
@@ -86,11 +87,11 @@ class Fail(Callback):
 
 # --- one step, beside the definitions
 
-def one_step(cls):
+def one_step(cls, counts=COUNTS, **kwargs):
     "One step of a callback on float64 features, and what the training batch and the classifier were before"
-    ds, model = bank(), linear().double()
+    ds, model = bank(counts), linear().double()
     ds.images = ds.images.double()
-    cb = cls(lr=.01, seed=3, inner='sgd')
+    cb = cls(lr=.01, seed=3, trial='sgd', **kwargs)
     class Before(Callback):
         order, run_valid = 61, False
         def before_batch(self):
@@ -104,24 +105,61 @@ def one_step(cls):
 def second_order(ds, before, w, weights):
     "Gradient of the meta loss after the weighted step, by w: the paper's construction, by autograd twice"
     weight, bias = before.params
-    losses = balanced_softmax_loss(before.features @ weight.T + bias, before.labels, COUNTS, reduction='none')
+    counts = class_counts(ds)
+    losses = balanced_softmax_loss(before.features @ weight.T + bias, before.labels, counts, reduction='none')
     g = torch.autograd.grad((weights*losses).mean(), [weight, bias], create_graph=True)
-    i = ClassSampler(ds, sampling_rates(COUNTS, 0.), seed=4).draw(16)
+    i = ClassSampler(ds, sampling_rates(counts, 0.), seed=4).draw(16)
     logits = ds.images[i] @ (weight - .3*g[0]).T + bias - .3*g[1]
     return torch.autograd.grad(F.cross_entropy(logits, ds.targets[i]), w)[0]
 
 
-def test_a_step_of_the_sampler_is_the_papers_construction():
+def rings_of(noise, classes, rates, counts):
+    "When each image of classes of up to four rings (b, N), and which of them is drawn (b,), from `soft_draw`'s noise"
+    b, k = len(classes), len(rates)
+    clocks = -noise.double().log()
+    first, gaps = clocks[:, 0], clocks[:, 1:].view(b, 4, k)
+    rings = torch.empty(b, int(counts.sum()), dtype=torch.float64)
+    starts = counts.cumsum(0) - counts
+    for row in range(b):
+        for c in range(k):
+            time, images = first[row].clone(), list(range(starts[c], starts[c] + counts[c]))
+            if c == classes[row]: rings[row, images.pop(0)] = time
+            for j, image in enumerate(images):
+                time = time + gaps[row, j, c]/(len(images) - j)*counts[c]/rates[c]
+                rings[row, image] = time
+    return rings, starts[classes]
+
+
+def straight_through(w, noise, classes, counts):
+    "The weight of each loss by the paper's text: one-hot draws over all images, with the gradient of the soft ones"
+    image_class = torch.arange(len(counts)).repeat_interleave(counts)
+    rates = (counts.double().log() + F.logsigmoid(w)).softmax(0).detach()
+    rings, drawn = rings_of(noise, classes, rates, counts)
+    gumbel = -(rings*(rates/counts)[image_class]).log()
+    soft = (F.logsigmoid(w)[image_class] + gumbel).softmax(1)                               # b x N
+    assert torch.equal(soft.argmax(1), drawn)
+    hard = F.one_hot(drawn, len(image_class)) + soft - soft.detach()
+    return hard.gather(1, drawn[:, None])[:, 0]
+
+
+def test_a_step_of_the_sampler_is_that_of_likelihood_ratios():
     ds, cb, before = one_step(MetaSampler)
-    rates, y = ClassRates(COUNTS).rates(), before.labels
-    noise = torch.rand(16, 4, generator=torch.Generator().manual_seed(5))
-    soft = soft_draw(y, rates, noise=noise).double()
     w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    logits = COUNTS.double().log() + F.logsigmoid(w) + (soft.log() - rates.double().log()).detach()
-    chosen = logits.softmax(1).gather(1, y[:, None])[:, 0]
-    want = second_order(ds, before, w, 1 + chosen - chosen.detach())
+    log_rates = (COUNTS.double().log() + F.logsigmoid(w)).log_softmax(0)[before.labels]
+    want = second_order(ds, before, w, (log_rates - log_rates.detach()).exp())
     assert want.abs().max() > 1e-5
     torch.testing.assert_close(cb.psi.w.grad.double(), want, rtol=1e-4, atol=1e-9)
+
+
+def test_a_step_of_the_papers_estimator_is_the_papers_construction():
+    "Instance-level straight-through draws, a B x N matrix, and autograd twice; exact for classes of up to four images"
+    counts = torch.tensor([4, 4, 3, 1])
+    ds, cb, before = one_step(MetaSampler, counts, estimator='gumbel')
+    noise = torch.rand(1, 16, 17, generator=torch.Generator().manual_seed(5))[0]
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    want = second_order(ds, before, w, straight_through(w, noise, before.labels, counts))
+    assert want.abs().max() > 1e-5
+    torch.testing.assert_close(cb.psi.w.grad.double(), want, rtol=1e-4, atol=1e-8)
 
 
 def test_a_step_of_the_reweighter_is_its_definition():
@@ -132,45 +170,109 @@ def test_a_step_of_the_reweighter_is_its_definition():
     torch.testing.assert_close(cb.psi.w.grad.double(), want, rtol=1e-4, atol=1e-9)
 
 
-@given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 10**6))
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_gradients_of_rates_and_weights_are_autograds(k, b, seed):
-    g = torch.Generator().manual_seed(seed)
-    log_n, w = 3*torch.randn(k, generator=g).double(), torch.randn(k, generator=g).double().requires_grad_()
-    rates, slope = (log_n + F.logsigmoid(w)).softmax(0).detach(), 1 - w.detach().sigmoid()
+def test_gradients_of_rates_and_weights_are_autograds(counts, b, seed):
+    g, counts = torch.Generator().manual_seed(seed), torch.tensor(counts)
+    w = torch.randn(len(counts), generator=g).double().requires_grad_()
+    log_rates = (counts.double().log() + F.logsigmoid(w)).log_softmax(0)
+    rates, slope = log_rates.detach().exp(), 1 - w.detach().sigmoid()
     y, u = torch.multinomial(rates, b, replacement=True, generator=g), torch.randn(b, generator=g).double()
-    uniform = torch.rand(b, k, generator=g).double()
-    noise = (soft_draw(y, rates, .5, uniform).log()*.5 - rates.log()).nan_to_num(neginf=-1e4)
-    chosen = ((log_n + F.logsigmoid(w) + noise)/.5).softmax(1).gather(1, y[:, None])[:, 0]
-    want, = torch.autograd.grad((u*chosen).sum(), w)
-    got = rate_gradient(u, y, rates, 'gumbel', .5, lambda shape: uniform)
+    noise = torch.rand(b, 1 + 4*len(counts), generator=g).double().clamp_min(1e-6)
+    want, = torch.autograd.grad((u*log_rates[y]).sum(), w)
+    torch.testing.assert_close(rate_gradient(u, y, rates)*slope, want, rtol=1e-6, atol=1e-9)
+    want, = torch.autograd.grad((u*straight_through(w, noise, y, counts)).sum(), w)
+    got = rate_gradient(u, y, rates, 'gumbel', counts, lambda shape: noise)
     torch.testing.assert_close(got*slope, want, rtol=1e-6, atol=1e-9)
     s = w.sigmoid()[y]
     want, = torch.autograd.grad((u*s/s.mean()).sum(), w)
     s = (s/s.mean()).detach()
-    torch.testing.assert_close(weight_gradient(u*s, y, s, k)*slope, want, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(weight_gradient(u*s, y, s, len(counts))*slope, want, rtol=1e-6, atol=1e-9)
 
 
-@given(st.floats(1e-6, 1.), st.floats(.1, 5.), st.integers(0, 10**6))
+def every_clock(classes, rates, counts, g):
+    "The paper's B x N construction, given the classes that are drawn: share, masses, when images ring, their class"
+    image_class = torch.arange(len(counts)).repeat_interleave(counts)
+    rand = partial(torch.rand, generator=g, dtype=torch.float64)
+    first = -rand(len(classes), 1).log()
+    rings = first - rand(len(classes), len(image_class)).log()/(rates/counts)[image_class]
+    rings.scatter_(1, (counts.cumsum(0) - counts)[classes][:, None], first)
+    sums = torch.zeros(len(classes), len(counts)).double().index_add_(1, image_class, 1/rings)
+    return 1/first[:, 0]/sums.sum(1), sums/sums.sum(1, keepdim=True), rings, image_class
+
+
+UNEVEN = torch.tensor([900, 200, 30, 4])
+TWO_RATES = pytest.mark.parametrize('rates', [UNEVEN.double()/UNEVEN.sum(), torch.full((4,), .25).double()])
+
+
+@TWO_RATES
+def test_soft_draws_of_the_same_clocks_differ_by_what_is_left_out(rates):
+    "Of each class the first four rings are given: the rest has the right mean, and the spread that the page states"
+    g = torch.Generator().manual_seed(0)
+    y = torch.multinomial(rates, 3000, replacement=True, generator=g)
+    share, mass, rings, image_class = every_clock(y, rates, UNEVEN, g)
+    first, gaps = rings.min(1, keepdim=True)[0], torch.ones(len(y), 4, 4).double()
+    for c in range(4):
+        own = rings[:, image_class == c]
+        others = own.masked_fill(own == first, torch.inf).sort(1)[0][:, :4]
+        waiting = (UNEVEN[c] - (y == c).long())[:, None] - torch.arange(4)
+        gaps[:, :, c] = (torch.cat([first, others], 1).diff(dim=1)*rates[c]/UNEVEN[c]*waiting).where(waiting > 0, 1.)
+    noise = torch.cat([(-first).exp(), (-gaps.flatten(1)).exp()], 1)
+    share_4, mass_4 = soft_draw(y, rates, UNEVEN, noise)
+    apart = mass/(share*first[:, 0])[:, None] - mass_4/(share_4*first[:, 0])[:, None]      # of the sums of 1/R
+    assert apart[:, 3].abs().max() < 1e-7*(1/first).max()
+    fourth = first + gaps.cumsum(1)[:, 3]/rates                                             # for large classes
+    bound = (rates/fourth).sqrt()[:, :2]
+    z = apart[:, :2]/bound
+    assert (z.square().mean(0) < 1.1).all() and (z.mean(0).abs() < 4/3000**.5).all()
+
+
+@TWO_RATES
+def test_soft_draws_have_the_means_and_spreads_of_the_papers(rates):
+    g = torch.Generator().manual_seed(0)
+    y = torch.multinomial(rates, 30_000, replacement=True, generator=g)
+    noise = torch.rand(len(y), 17, generator=g).double()
+    found = []
+    for share, mass in (every_clock(y, rates, UNEVEN, g)[:2], soft_draw(y, rates, UNEVEN, noise)):
+        found.append(torch.stack([share, *mass.T, *(share[:, None]*mass).T]))
+    theirs, ours = found
+    z = (ours.mean(1) - theirs.mean(1))/(theirs.var(1) + ours.var(1)).sqrt()*len(y)**.5
+    assert z.abs().max() < 4
+    torch.testing.assert_close(ours.std(1)[:4], theirs.std(1)[:4], rtol=.04, atol=0)
+
+
+@given(st.floats(1e-6, 1.), st.integers(1, 10**6), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_soft_draws_are_distributions_that_peak_at_the_draw(rare, temperature, seed):
-    rates = torch.tensor([1., rare]).double()
+def test_soft_draws_are_distributions(rare, n, seed):
+    rates = torch.tensor([1., rare])
     rates /= rates.sum()
-    y = torch.arange(2).repeat(50)
-    noise = torch.rand(100, 2, generator=torch.Generator().manual_seed(seed)).double()
-    soft = soft_draw(y, rates, temperature, noise)
-    assert soft.isfinite().all() and torch.equal(soft.argmax(1), y)
-    torch.testing.assert_close(soft.sum(1), torch.ones(100).double())
+    y, noise = torch.arange(2).repeat(50), torch.rand(100, 9, generator=torch.Generator().manual_seed(seed))
+    noise[0], noise[1] = 0, 1 - 2**-24                                                     # the ends of what rand gives
+    share, mass = soft_draw(y, rates, torch.tensor([n, 1]), noise)
+    assert share.isfinite().all() and mass.isfinite().all() and (share > 0).all()
+    assert (mass.gather(1, y[:, None])[:, 0] >= share*(1 - 1e-5)).all()
+    torch.testing.assert_close(mass.sum(1), torch.ones(100))
+
+
+@pytest.mark.parametrize('estimator', ['expected', 'gumbel'])
+def test_an_influence_that_all_samples_share_moves_no_rate(estimator):
+    "Likelihood ratios cancel in a batch in proportion, the paper's on average; a class-level draw has 0.067"
+    g, counts = torch.Generator().manual_seed(0), torch.tensor([9000, 1000])
+    y = torch.tensor([0]*9 + [1]).repeat(20_000)
+    uniform = partial(torch.rand, generator=g, dtype=torch.float64)
+    shared, rates = torch.full((len(y),), 1/len(y)).double(), counts.double()/10_000
+    got = rate_gradient(shared, y, rates, estimator, counts, uniform)
+    assert got.abs().max() < (1e-12 if estimator == 'expected' else .003)
 
 
 # --- closed form and autograd
 
-@pytest.mark.parametrize('inner', ['optimizer', 'sgd'])
+@pytest.mark.parametrize('trial', ['optimizer', 'sgd'])
 @BOTH
-def test_closed_form_and_autograd_agree_in_a_learner(cls, inner):
+def test_closed_form_and_autograd_agree_in_a_learner(cls, trial):
     got = []
     for backprop in ('closed', 'autograd'):
-        cb = cls(backprop=backprop, inner=inner, lr=.1)
+        cb = cls(backprop=backprop, trial=trial, lr=.1)
         learn = fit(learner(bank(), linear(), [cb], n=20))
         got.append((cb.psi.w.detach(), learn.model.weight.detach()))
     assert got[0][0].abs().max() > .05
@@ -180,7 +282,7 @@ def test_closed_form_and_autograd_agree_in_a_learner(cls, inner):
 @pytest.mark.parametrize('loss', [
     nn.CrossEntropyLoss(), BalancedSoftmax(COUNTS, weight=WEIGHT), BalancedSoftmax(COUNTS, label_smoothing=.1),
     BalancedSoftmax(COUNTS, reduction='sum')])
-def test_any_loss_gives_the_same_credit_both_ways(loss):
+def test_any_loss_gives_the_same_influence_both_ways(loss):
     grads = {}
     for backprop in ('closed', 'autograd'):
         cb = MetaSampler(backprop=backprop, estimator='expected')
@@ -204,12 +306,12 @@ def test_frozen_network_on_images_with_normalisation_drifting_or_not(drift):
 
 def test_dropout_is_the_same_in_both_passes(monkeypatch):
     "By autograd the training batch passes again: its shares must sum to the loss of the first pass"
-    sums, losses, shares_of = [], [], balms.credits.loss_shares
+    sums, losses, shares_of = [], [], balms.influence.loss_shares
     def watched(*args):
         shares = shares_of(*args)
         sums.append(float(torch.func.debug_unwrap(shares).sum()))
         return shares
-    monkeypatch.setattr(balms.credits, 'loss_shares', watched)
+    monkeypatch.setattr(balms.influence, 'loss_shares', watched)
     class Watch(Callback):
         run_valid = False
         def after_loss(self): losses.append(self.loss.item())
@@ -386,9 +488,9 @@ def test_settings_arrive():
     torch.testing.assert_close(cb.history[0][1], ClassRates(COUNTS, .3).r, atol=.02, rtol=0)
     torch.testing.assert_close(cb.psi.log_n, torch.zeros(4))
     grads = []
-    for temperature in (1., .3):
-        cb = MetaSampler(temperature=temperature)
-        fit(learner(bank(), linear(), n=3, lr=.3), cbs=[cb])
+    for estimator in ('expected', 'gumbel'):
+        cb = MetaSampler(estimator=estimator)
+        fit(learner(bank(), linear(), n=1, lr=.3), cbs=[cb])
         grads.append(cb.psi.w.grad)
     assert not torch.allclose(*grads)
 
@@ -406,7 +508,7 @@ RANKS = '''
     if world > 1: dist.init_process_group('gloo', init_method=f'file://{{store}}', rank=rank, world_size=world)
     res = {{}}
     for make in (linear, lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), linear(1, 8))):
-        for cls in (MetaSampler, MetaReweighter, partial(MetaSampler, estimator='expected')):
+        for cls in (MetaSampler, MetaReweighter, partial(MetaSampler, estimator='gumbel')):
             torch.manual_seed(0)
             model, cb, ds = make().double(), cls(lr=.1), bank()
             ds.images = ds.images.double()
@@ -439,7 +541,7 @@ def test_two_ranks_hold_the_same_rates_and_those_of_one_process_with_the_joint_b
         for p, q in zip(a[i][1], one[i][1]): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.cuda
 @pytest.mark.parametrize('precision', ['to_fp16', 'to_bf16'])
 @pytest.mark.parametrize('backprop', ['closed', 'autograd'])
 def test_mixed_precision_on_cuda(precision, backprop):

