@@ -160,10 +160,10 @@ def feature_bank(
     features, targets = [], []
     model.eval()
     for batch in _batches(dl, views):
-        batch = to_device(batch, device)
+        batch = [plain_tensor(x) if isinstance(x, torch.Tensor) else x for x in to_device(batch, device)]
         if not features: check_classifier(model, *batch[:n_inp])
         features.append(plain_tensor(classifier_input(model, *batch[:n_inp])).float())
-        targets.append(plain_tensor(batch[n_inp]))
+        targets.append(batch[n_inp])
     model.train(training)
     vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None)
     vocab = vocab or range(find_classifier(model).out_features)
