@@ -82,7 +82,7 @@ def _read_text(path):
     "The text of a file, plain or gzipped, in UTF-8, or UTF-16 as PowerShell writes it. Raises `ValueError` for others"
     data = path.read_bytes()
     try: data = gzip.decompress(data) if path.suffix == '.gz' else data
-    except (gzip.BadGzipFile, zlib.error, EOFError) as e: raise ValueError(f'{path} is not in gzip format: {e}') from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e: raise ValueError(f'{path}: no gzip file: {e}') from None
     is_utf16 = data[:2] in (b'\xff\xfe', b'\xfe\xff')
     try: text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
     except UnicodeDecodeError as e:

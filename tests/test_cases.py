@@ -1,5 +1,6 @@
 """What people's own data and loops broke elsewhere, tried on this package: the case, the public thread where it was
 reported, what was done before (in the docstring), and what has to be done (in the test). Nothing is downloaded."""
+import gzip
 from collections import Counter
 from functools import partial
 
@@ -24,6 +25,7 @@ from balms.decoupled import ScaledLinear, feature_bank, nearest_class_mean, tau_
 from balms.meta import MetaSampler
 from balms.metrics import (ECE, ece, marginal_likelihood, mean_class_accuracy, per_class_accuracy, plot_marginal,
                            reliability, shot_accuracy, shot_masks, shot_metrics)
+from balms.lists import read_list
 from balms.models import check_classifier, find_classifier
 from balms.sigmoid import log_odds_prior
 from balms.sigmoid_baselines import SigmoidFocalLoss
@@ -478,3 +480,33 @@ def test_files_of_a_bank_are_where_those_of_the_learner_are(tmp_path, monkeypatc
     learn.fit_classifier(1, views=1, cbs=[SaveModelCallback(), CSVLogger()])
     assert not list(elsewhere.iterdir())
     assert {str(f.relative_to(learn.path)) for f in learn.path.rglob('*.*')} == {'models/model.pth', 'history.csv'}
+
+
+# lists
+
+LINES = 'a/1.jpg 0\nb/ü.jpg 1\n'
+
+
+@pytest.mark.parametrize('data', [
+    LINES.encode('utf-16'), LINES.encode('utf-8-sig'), (LINES + '\n  \n').encode(), LINES.replace('\n', '\r\n').encode(),
+    LINES.rstrip().encode(), (LINES + '\n').encode('utf-16')], ids=range(6))
+@pytest.mark.parametrize('pack,name', [(bytes, 'l.txt'), (gzip.compress, 'l.txt.gz')], ids=['plain', 'gzip'])
+def test_lists_as_people_write_them(tmp_path, data, pack, name):
+    "tensorflow/models#261, LightCNN#5: UTF-16, as PowerShell writes, was `not a text file`; a blank last line an error"
+    (tmp_path/name).write_bytes(pack(data))
+    images = read_list(tmp_path/name)
+    assert (images.files, images.targets.tolist(), images.lines) == (['a/1.jpg', 'b/ü.jpg'], [0, 1], [1, 2])
+
+
+@pytest.mark.parametrize('data,where,what', [
+    (LINES.encode('latin-1'), ':2', 'UTF-8'), (b'a.jpg 0\nb.jpg, 1\n', ':2', 'only a space before the label'),
+    (b'a.jpg 0\nb.jpg,1\n', ':2', 'with a space'), (b'"a b.jpg" 0\n', ':1', 'without quotes'),
+    (b'a.jpg 0\n\nb.jpg 1\n', ':2', 'empty line'), (b'\n\n', '', 'the list is empty'),
+    (b'{"images": []}', ':1', 'JSON'), (b'\n[{"file_name": "a.jpg"}]', ':1', 'JSON')])
+@pytest.mark.parametrize('pack,suffix', [(bytes, ''), (gzip.compress, '.gz')], ids=['plain', 'gzip'])
+def test_lists_that_are_none(tmp_path, data, where, what, pack, suffix):
+    "caffe#1951: latin-1 had no line, `a.jpg, 0` was a missing file `a.jpg,`, .json.gz `one word, '{'`"
+    path = tmp_path/f'list{suffix}'
+    path.write_bytes(pack(data))
+    with pytest.raises(ValueError, match=what) as e: read_list(path)
+    assert f'{path}{where}: ' in str(e.value)
