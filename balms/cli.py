@@ -35,13 +35,14 @@ def _parser(name, text, epilog=None):
     return p
 
 # %% ../nbs/13_cli.ipynb #05ce78b3
-PHOTO_OPTIONS = 'frozen', 'csv', 'drop', 'valid_per_class', 'test_per_class', 'skip_bad'
+PHOTO_OPTIONS = 'frozen', 'epochs', 'csv', 'drop', 'valid_per_class', 'test_per_class', 'skip_bad'
 
 def _photo_options(group):
     "Add the options for photos of your own"
     add = group.add_argument
     add('--frozen', action='store_true', help='train a classifier on the features of a pretrained network, which are '
         'computed once and kept  [for photos]')
+    add('--epochs', type=float, metavar='N', help='or fine-tune all of the network, for N passes over the photos')
     add('--csv', metavar='FILE', help='a table with a column of files below --data, one of labels and, if there is a '
         'split, one of train, valid or test')
     add('--drop', nargs='+', metavar='CLASS', help='classes to leave out, such as "Not sure"')
@@ -196,30 +197,48 @@ def _are_photos(args) -> bool:
 
 # %% ../nbs/13_cli.ipynb #4a50a0c6
 def _photo_recipes(args) -> list:
-    "The recipes for photos. Raises `ValueError` for an option that a frozen network has no use for"
+    "The recipes for photos. Raises `ValueError` for an option that none of the methods takes"
     from balms.photo_runs import PhotoRecipe
     if args.seeds < 1: raise ValueError(f'--seeds must be 1 or more, not {args.seeds}')
-    given = {f.name: getattr(args, f.name) for f in fields(PhotoRecipe) if f.name not in ('method', 'seed')}
-    given = {name: value for name, value in given.items() if value is not None}
-    takes = {f.name for f in fields(PhotoRecipe)} - {f.name for f in fields(Recipe)}
-    takes |= {'data', 'size', 'split_seed', 'model', 'weights', 'views', 'bs', 'lr', 'iters', 'wd', 'momentum',
-              'nesterov', *RATE_FIELDS}
-    defaults = {f.name: f.default for f in fields(Recipe)}
-    idle = [name for name, value in given.items() if name not in takes and value != defaults[name]]
-    if idle: raise ValueError(f'{", ".join(idle)}: a frozen network on photos has no use for it')
-    given = {name: value for name, value in given.items() if name in takes}
-    return [PhotoRecipe(method=name, seed=seed, **given) for seed in range(args.seeds) for name in args.method]
+    if args.frozen and args.epochs is not None: raise ValueError('Give --frozen or --epochs, not both')
+    names = {f.name for f in fields(PhotoRecipe)} - {'method', 'seed'}
+    if args.preset: raise ValueError(f'preset {args.preset} is for recipes in memory, not for photos')
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    made, used = [], set()
+    for seed in range(args.seeds):
+        for method in args.method:
+            kind = {name: given[name] for name in ('data', 'epochs', 'model', 'weights') if name in given}
+            idle = {*STAGE2_FIELDS, *RATE_FIELDS} - {*PhotoRecipe(method=method, **kind).defaults}
+            own = {name: value for name, value in given.items() if name not in idle}
+            made.append(PhotoRecipe(method=method, seed=seed, **own))
+            used |= {*own}
+    if idle := sorted({*given} - used): raise ValueError(f'{", ".join(idle)}: none of these methods has a use for it')
+    return made
 
-# %% ../nbs/13_cli.ipynb #7592148c
-def _train_photos(args, device):
-    "Train classifiers on frozen features of photos, and give back the recipes and the rows"
+# %% ../nbs/13_cli.ipynb #4bb00244
+def _tune(recipes, args, device) -> list:
+    "Fine-tune a network by each of the recipes, and give back the rows"
+    from balms.photo_runs import recipe_photos
+    from balms.photos import describe_photos
+    from balms.runs import run
+    photos, rows = recipe_photos(recipes[0]), []
+    photos.splits[photos.splits == 'valid'] = 'train'                            # nothing is chosen
+    if _is_first(): print(describe_photos(photos), flush=True)
+    for i, r in enumerate(recipes, 1):
+        r = r.with_steps(len(photos) - photos.counts('test').sum())
+        rows.append(row := run(r, args.out, None, device, progress=True, compile=args.compile, workers=args.workers,
+                               micro_bs=args.micro_bs, sync_bn=args.sync_bn))
+        scores = f'{row["overall"]:.1f} % in {row["seconds"]:.0f} s'
+        if _is_first(): print(f'[{i}/{len(recipes)}] {r.method} seed {r.seed}: {scores}', flush=True)
+    return rows
+
+# %% ../nbs/13_cli.ipynb #af562bd9
+def _train_on_features(recipes, args, device) -> list:
+    "Train a classifier on frozen features by each of the recipes, and give back the rows"
     from balms.photo_features import Told
     from balms.photo_runs import PhotoRuns
     from balms.photos import describe_photos
-    recipes, rows = _photo_recipes(args), []
-    first = recipes[0]
-    print(f'network: {first.model}, pretrained ({first.weights}), frozen; photos of {first.size} x {first.size} pixels')
-    runs = PhotoRuns(first, args.out, device, args.workers, args.skip_bad, Told)
+    runs, rows = PhotoRuns(recipes[0], args.out, device, args.workers, Told), []
     print(describe_photos(runs.photos), flush=True)
     for i, r in enumerate(recipes, 1):
         rows.append(row := runs.run(r))
@@ -227,8 +246,18 @@ def _train_photos(args, device):
         how = f'lr {chosen["lr"]:g}, {chosen["iters"]:,} steps'
         if 'valid' in chosen: how += f', best of {chosen["tried"]} on held-out photos with {chosen["valid"]:.1f} %'
         print(f'[{i}/{len(recipes)}] {r.method} seed {r.seed}: {row["overall"]:.1f} % ({how})', flush=True)
-    return recipes, rows
+    return rows
 
+def _train_photos(args, device):
+    "Train what the options say on photos of your own, and give back the recipes and the rows"
+    recipes = _photo_recipes(args)
+    r = recipes[0]
+    start, how = f'pretrained ({r.weights})' if r.weights else 'from random numbers', 'frozen'
+    if r.epochs is not None: how = f'fine-tuned for {r.epochs:g} epochs'
+    if _is_first(): print(f'{r.model}, {start}, {how}; photos of {r.size} x {r.size} pixels', flush=True)
+    return recipes, (_train_on_features if r.epochs is None else _tune)(recipes, args, device)
+
+# %% ../nbs/13_cli.ipynb #14ff057d
 def balms_train(
     argv=None, # Arguments; default: those of the command line
 ):

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .core import plain_tensor
 from .array_loader import ArrayDL, FeatureBank
-from .models import classifier_input, find_classifier
+from .models import check_classifier, classifier_input, find_classifier
 from .samplers import ClassSampler, CleansUp
 
 # %% ../nbs/11_decoupled.ipynb #fdd7fde9
@@ -65,7 +65,7 @@ class ClassifierOnly(CleansUp):
     def __init__(self,
         bn_drift:bool=False, # Let batch normalisation update its statistics, as the authors' code does
     ):
-        self.bn_drift, self.required_grad = bn_drift, {}
+        self.bn_drift, self.required_grad, self.checked = bn_drift, {}, False
 
     def before_fit(self):
         own = set(trained(find_classifier(self.model)))
@@ -76,11 +76,14 @@ class ClassifierOnly(CleansUp):
         if self.bn_drift: return
         self.model.eval()
         find_classifier(self.model).train()
+    def before_batch(self):
+        if not self.checked: check_classifier(self.model, *self.xb)
+        self.checked = True
     def after_fit(self): self.clean_up()
     def clean_up(self):
         "Let the rest be trained again, where it was before"
         for p, required in self.required_grad.items(): p.requires_grad_(required)
-        self.required_grad = {}
+        self.required_grad, self.checked = {}, False
 
 def classifier_optimizer(
     learn:Learner, # Its `opt_func`, `lr` and `wd_bn_bias` are used
@@ -91,6 +94,14 @@ def classifier_optimizer(
     if not learn.wd_bn_bias and head.bias is not None: opt.state[head.bias]['do_wd'] = False
     return opt
 
+# %% ../nbs/11_decoupled.ipynb #845fa1ac
+def _fit_alone(learn, head, views, bank, bn_drift, n_epoch, lr, cbs, kwargs):
+    "Train the classifier on images, or on a bank of features"
+    if views or bank: _fit_on_bank(learn, head, _banks(learn, head, views, bank), n_epoch, lr, cbs, kwargs)
+    else:
+        learn.opt = classifier_optimizer(learn, head)
+        learn.fit(n_epoch, lr, cbs=[ClassifierOnly(bn_drift), *L(cbs)], **kwargs)
+
 # %% ../nbs/11_decoupled.ipynb #03f7163b
 @patch
 def fit_classifier(self:Learner,
@@ -100,30 +111,32 @@ def fit_classifier(self:Learner,
     reset:bool=True, # Start from a new classifier
     scales:bool=False, # Train one scale a class instead and keep the weights (LWS)
     views:int=0, # Train on a bank of this many augmented views, see `feature_bank`; 0: on images
+    bank=None, # Features to train on that were computed before: a `FeatureBank`, or two, for validation, too
     bn_drift:bool=False, # Let batch normalisation update its statistics
     cbs=None, # Callbacks of this stage, such as `MetaSampler()`
     **kwargs # Of `Learner.fit`
 ) -> nn.Linear: # The classifier
-    "Train the last linear layer alone, on frozen features (stage 2 of Kang et al. 2020)"
+    "Train the last linear layer alone, on frozen features (Kang et al. 2020). After an error it is what it was before."
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('opt_func must be a function of parameters and lr, not an optimiser that was made already')
-    if views and bn_drift: raise ValueError('A bank of features is computed once: leave out views or bn_drift')
-    head = find_classifier(self.model)
-    if scales:
-        head = ScaledLinear(head)
-        self.model = replace_classifier(self.model, head)
-    elif reset: head.reset_parameters()
-    if loss_func is not None: self.loss_func = loss_func
+    if (views or bank) and bn_drift: raise ValueError('A bank of features is computed once: leave out it or bn_drift')
+    head = old = find_classifier(self.model)
+    old_loss, old_state = self.loss_func, {name: t.clone() for name, t in old.state_dict().items()}
     try:
-        if views: _fit_on_bank(self, head, views, n_epoch, lr, cbs, kwargs)
-        else:
-            self.opt = classifier_optimizer(self, head)
-            self.fit(n_epoch, lr, cbs=[ClassifierOnly(bn_drift), *L(cbs)], **kwargs)
+        if scales:
+            head = ScaledLinear(old)
+            self.model = replace_classifier(self.model, head)
+        elif reset: head.reset_parameters()
+        if loss_func is not None: self.loss_func = loss_func
+        _fit_alone(self, head, views, bank, bn_drift, n_epoch, lr, cbs, kwargs)
+    except Exception:
+        old.load_state_dict(old_state)
+        self.loss_func, head = old_loss, old
+        raise
     finally:
         self.opt = None
-        if scales:
-            head = head.folded()
-            self.model = replace_classifier(self.model, head)
+        if isinstance(head, ScaledLinear): head = head.folded()
+        if scales: self.model = replace_classifier(self.model, head)
     return head
 
 # %% ../nbs/11_decoupled.ipynb #84462e95
@@ -149,19 +162,31 @@ def feature_bank(
     model.eval()
     for batch in _batches(dl, views):
         batch = [plain_tensor(x) if isinstance(x, torch.Tensor) else x for x in to_device(batch, device)]
+        if not features: check_classifier(model, *batch[:n_inp])
         features.append(plain_tensor(classifier_input(model, *batch[:n_inp])).float())
         targets.append(batch[n_inp])
     model.train(training)
-    vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
+    vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None)
+    vocab = vocab or range(find_classifier(model).out_features)
     bank = FeatureBank(torch.cat(features), torch.cat(targets), [str(v) for v in vocab])
     bank.views = views
     return bank
 
 # %% ../nbs/11_decoupled.ipynb #c2b15c82
-def _bank_dls(learn, views):
+def _banks(learn, head, views, bank):
+    "Features for training and for validation: those that are given, the others computed"
+    train, valid = bank if isinstance(bank, (tuple, list)) else (bank, None)
+    train = feature_bank(learn, views) if train is None else train
+    valid = feature_bank(learn, 1, 1) if valid is None else valid
+    for features in (train, valid):
+        if features.images.shape[1] == head.in_features: continue
+        raise ValueError(f'The bank has {features.images.shape[1]} features a sample, the classifier takes '
+                         f'{head.in_features}: is it of another network?')
+    return train, valid
+
+def _bank_dls(learn, bank, valid):
     "Loaders of features in place of those of images, drawn by the same class rates"
     dl, device = learn.dls.train, next(learn.model.parameters()).device
-    bank, valid = feature_bank(learn, views), feature_bank(learn, 1, 1)
     sampler = getattr(dl, 'sampler', None)
     if isinstance(sampler, ClassSampler):
         ranks = dict(rank=sampler.rank, world_size=sampler.world_size)
@@ -170,13 +195,14 @@ def _bank_dls(learn, views):
     train = ArrayDL(bank, dl.bs, shuffle=True, sampler=sampler, n_batches=len(dl), seed=getattr(dl, 'seed', 0),
                     device=device)
     dls = DataLoaders(train, ArrayDL(valid, 1000, device=device), device=device)
-    dls.c = learn.dls.c
+    dls.c = bank.c
     return dls
 
-def _fit_on_bank(learn, head, views, n_epoch, lr, cbs, kwargs):
-    "Train the classifier on a bank of features, with the settings of `learn`"
-    dls, own = _bank_dls(learn, views), set(trained(head))
-    names = ('loss_func', 'opt_func', 'lr', 'wd', 'wd_bn_bias', 'moms', 'metrics')
+# %% ../nbs/11_decoupled.ipynb #70bd3283
+def _fit_on_bank(learn, head, banks, n_epoch, lr, cbs, kwargs):
+    "Train the classifier on banks of features, with the settings of `learn`"
+    dls, own = _bank_dls(learn, *banks), set(trained(head))
+    names = ('loss_func', 'opt_func', 'lr', 'wd', 'wd_bn_bias', 'moms', 'metrics', 'path', 'model_dir')
     inner = Learner(dls, head, **{name: getattr(learn, name) for name in names})
     inner.logger, inner.create_mbar = learn.logger, learn.create_mbar
     if not hasattr(learn, 'progress'): inner.remove_cbs([cb for cb in inner.cbs if cb.name == 'progress'])

@@ -69,7 +69,7 @@ def test_split_folders(tmp_path, other):
     assert photos.counts('valid').tolist() == [1, 1] and photos.counts('train').tolist() == [3, 3]
 
 
-def test_a_valid_folder_beside_a_test_folder_is_not_trained_on(tmp_path):
+def test_a_valid_folder_beside_a_test_folder_is_to_choose_by(tmp_path):
     root = folder(tmp_path, train__a=3, train__b=3, valid__a=1, valid__b=1, test__a=1, test__b=1)
     photos = split_photos(find_photo_set(root))
     assert photos.counts('train').tolist() == [3, 3] and names(photos, 'valid') == ['valid/a/0.png', 'valid/b/0.png']
@@ -365,7 +365,7 @@ def test_the_command(train, tmp_path, small):
 
 @pytest.mark.parametrize('options, size, photos', [
     ([], 100, True), ([], 40, False), (['--size', 100], 40, True), (['--size', 32], 100, False),
-    (['--frozen'], 40, True), (['--imbalance', 2], 100, False)])
+    (['--frozen'], 40, True), (['--imbalance', 2], 100, False), (['--epochs', 1], 40, True)])
 def test_which_folders_are_photos(tmp_path, options, size, photos):
     "Above 64 pixels a pretrained network, unless a recipe in memory is asked for"
     from balms.cli import _are_photos, _train_parser
