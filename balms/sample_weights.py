@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SampleWeights', 'LearnToReweight', 'MetaWeightNet']
 
-# %% ../nbs/10c_sample_weights.ipynb #acce96ba
+# %% ../nbs/10c_sample_weights.ipynb #e0102e25
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .influence import loss_shares, trial_step
 from .meta import MetaCallback
-from .metrics import styled_axis
+from .metrics import COLORS, styled_axis
 from .samplers import rank_and_size
 
 # %% ../nbs/10c_sample_weights.ipynb #1c6aeb4e
@@ -109,7 +109,7 @@ def gradient(self:MetaWeightNet, influence, targets):
 @patch
 def weights(self:MetaWeightNet, losses): return self.sample_values(losses).detach()
 
-# %% ../nbs/10c_sample_weights.ipynb #55660714
+# %% ../nbs/10c_sample_weights.ipynb #c8e1ca23
 @patch
 def state_dict(self:MetaWeightNet) -> dict: # For `load_state_dict`
     "The small network, its optimiser, and what every meta callback keeps"
@@ -132,6 +132,6 @@ def plot(self:MetaWeightNet,
     "The weight of a sample by its loss, as it is now"
     losses = torch.linspace(0, largest, 200, device=next(self.weigher.parameters()).device)
     with torch.no_grad(): values = self.weigher(losses[:, None])[:, 0]
-    ax = styled_axis(ax, 'V(l)', xlabel='loss l', ylabel='weight before the mean is divided out')
-    ax.plot(losses.cpu(), values.cpu())
+    ax = styled_axis(ax, 'Weight by loss', xlabel='loss l', ylabel='V(l)')
+    ax.plot(losses.cpu(), values.cpu(), color=COLORS[len(ax.lines) % len(COLORS)])
     return ax
