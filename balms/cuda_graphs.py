@@ -104,6 +104,7 @@ def _usual_or_record(self:GraphedStep):
     with torch.cuda.graph(graph): self.step()
     self.graph = graph
 
+# %% ../nbs/11c_cuda_graphs.ipynb #d1e4a001
 @patch
 def clean_up(self:GraphedStep):
     "Give the loader its batches back"

@@ -108,12 +108,12 @@ def _on_features(learn, recipe, head, execution):
     inner.opt = classifier_optimizer(inner, head)
     return inner
 
-def _graph_frozen(learn):
+def _graph_frozen(learn, execution):
     "Launch the kernels of the augmentation at once, and those of the frozen body"
     augment = getattr(learn.dls.train, 'augment', None)
     for f in getattr(augment, 'augments', [augment]):
         if hasattr(f, 'apply'): f.apply = Graphed(f.apply)
-    learn.model.body.forward = Graphed(learn.model.body.forward)
+    if not execution.compile: learn.model.body.forward = Graphed(learn.model.body.forward)
 
 def _meta_callback(recipe, ranks):
     "The Meta Sampler or Meta Reweighter of a second stage, with the recipe's settings"
@@ -137,7 +137,7 @@ def _train_stage2(job, stage1_model):
     else:
         learn.opt = classifier_optimizer(learn, head)
         cbs.append(ClassifierOnly(recipe.bn_drift))
-        if execution.graphs and not recipe.bn_drift: _graph_frozen(learn)
+        if execution.graphs and not recipe.bn_drift: _graph_frozen(learn, execution)
         if execution.micro_bs: cbs.append(FrozenPieces(execution.micro_bs))
     if ranks.world > 1: cbs.append(Distributed(weighted=not method.meta))
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
@@ -266,7 +266,6 @@ def run(
     ranks, device = start_ranks(device)
     for name, is_on in ((f'precision {recipe.precision!r}', recipe.precision != 'float32'), ('sync_bn', sync_bn)):
         if is_on and device.type != 'cuda': raise ValueError(f'{name} needs a CUDA device; this is {device.type!r}')
-    if graphs and compile: raise ValueError('Either graphs or compile')
     execution = Execution(device, compile, graphs, ranks, micro_bs, sync_bn, workers, every)
     out = Path(out).expanduser()
     load = partial(load_images, recipe, root, lists, pack, skip_missing)

@@ -71,7 +71,7 @@ def test_recorded_step_is_the_usual_one_to_rounding():
     (a, state), (b, state2) = weights_after(8), weights_after(8, [GraphedStep()])
     assert (a - b).norm() < .02*a.norm() and torch.equal(state, state2)
     c = weights_after(8, [GraphedStep('bfloat16')])[0]
-    assert (a - c).norm() < .1*a.norm()
+    assert (a - c).norm() < .3*a.norm()
 
 
 def test_recorded_functions():

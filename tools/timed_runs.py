@@ -1,6 +1,7 @@
 """As many rows of the paper's CIFAR tables as fit into so many seconds, on a GPU that is only lent.
 
-    python tools/timed_runs.py cifar100 --imbalance 100 --root cifar100_lt100.npz --seconds 500 --out runs
+    python tools/timed_runs.py cifar100 --imbalance 100 --root cifar100_lt100.npz --seconds 500 --out runs \\
+        --precision bfloat16 --graphs [--compile] [--workers 2] [--seeds 1] [--methods softmax,bs,balms]
 
 Several processes (`--workers`) train at once, since one alone leaves the GPU waiting. First Softmax, since its model
 serves all the methods that train a classifier again, with Balanced Softmax beside it; then these methods; then the
@@ -38,10 +39,12 @@ def options():
                                 ('seeds', int, 2), ('iters', int, None), ('iters2', int, None), ('bs', int, None)):
         p.add_argument(f'--{name}', type=kind, default=default)
     for name, default in (('out', 'runs'), ('ledger', None), ('models', None), ('device', None), ('preset', 'paper'),
-                          ('precision', 'float32'), ('model', None)):
+                          ('precision', 'float32'), ('model', None), ('methods', ','.join(FIRST + THEN))):
         p.add_argument(f'--{name}', default=default)
     for name in ('compile', 'graphs'): p.add_argument(f'--{name}', action='store_true')
-    return p.parse_args()
+    a = p.parse_args()
+    a.methods = a.methods.split(',')
+    return a
 
 
 def recipe(a, method, seed):
@@ -90,7 +93,7 @@ def keep(a):
     out = Path(a.out)
     if a.ledger and list(out.glob('*/row.json')): collect_rows(out, a.ledger)
     if not a.models: return
-    stage1 = {recipe(a, m, seed).stage1.key for m in FIRST + THEN for seed in range(a.seeds)}
+    stage1 = {recipe(a, m, seed).stage1.key for m in a.methods for seed in range(a.seeds)}
     new = Path(a.models).with_suffix('.new')
     with zipfile.ZipFile(new, 'w') as z:
         for f in sorted(out.glob('*/model.safetensors')):
@@ -102,7 +105,8 @@ def work(a, pool, end):
     "Start what can be started, in order, whenever a process is free"
     out, estimate, waiting, running = Path(a.out), Estimate(a), [], set()
     def done(r): return (out/r.key/'model.safetensors').exists()
-    for methods in (FIRST, THEN): waiting += [recipe(a, m, seed) for seed in range(a.seeds) for m in methods]
+    for group in (FIRST, THEN):
+        waiting += [recipe(a, m, seed) for seed in range(a.seeds) for m in group if m in a.methods]
     waiting.sort(key=lambda r: r.method != 'softmax' and (r.method, r.seed) != ('bs', 0))       # others wait for these
     under_way = {}
     while True:
@@ -141,7 +145,8 @@ def main():
         pool.shutdown(wait=True, cancel_futures=True)
     keep(a)
     for row in read_rows(a.out):
-        scores = '  '.join(f'{name} {row[name]:6.2f}' for name in ('overall', 'many', 'medium', 'few') if name in row)
+        known = [name for name in ('overall', 'many', 'medium', 'few') if row.get(name) is not None]
+        scores = '  '.join(f'{name} {row[name]:6.2f}' for name in known)
         print(f'{row["key"]:48} {scores}  {row["seconds"]:7.1f} s')
 
 
