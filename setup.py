@@ -45,7 +45,7 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require={
-        name: cfg[f'{name}_requirements'].split() for name in ('dev', 'timm', 'photos', 'distributed', 'lvis')
+        name: cfg[f'{name}_requirements'].split() for name in ('dev', 'timm', 'photos', 'distributed', 'export', 'lvis')
     },
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['balms = balms._modidx:d']},
 )

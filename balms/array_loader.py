@@ -104,9 +104,8 @@ def batch(self:ArrayDL,
 ) -> tuple: # (TensorImage, TensorCategory), before `after_batch`
     "The images and labels at `idxs`, augmented if `shuffle` is on"
     ds = self.dataset.to(self.device)
-    if isinstance(idxs, torch.Tensor) and idxs.device != self.device:
-        if self.device.type == 'cuda': idxs = idxs.pin_memory()      # or the copy waits for all that the GPU has to do
-        idxs = idxs.to(self.device, non_blocking=True)
+    if isinstance(idxs, torch.Tensor) and not idxs.is_cuda and self.device.type == 'cuda':
+        idxs = idxs.pin_memory().to(self.device, non_blocking=True)  # else the copy waits for the GPU to finish
     x, y = ds.batch(idxs)
     if self.shuffle and self.augment is not None:
         x = type(x)(self.augment(x.as_subclass(torch.Tensor), self._batch_generator()))

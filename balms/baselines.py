@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .core import BalancedSoftmax, ClassificationLoss, check_shapes, log_prior
+from .core import BalancedSoftmax, ClassificationLoss, check_shapes, class_indices, log_prior
 from .core import plain_tensor, positive_vector, shifted_cross_entropy
 
 # %% ../nbs/10_baselines.ipynb #ddb297dd
@@ -55,6 +55,7 @@ class SoftmaxLoss(ClassificationLoss):
 def prepare(self:SoftmaxLoss, x, y) -> tuple: # Logits (N, k, ...) in float32 or better, and targets to match
     "Input and target with the class axis at 1. Raises `ValueError` for what does not fit"
     axis, soft = self.class_axis(x), y.is_floating_point()
+    y = class_indices(y, x, axis)
     check_shapes(x, y, x.shape[axis] if self.shift is None else len(self.shift), axis)
     if soft and self.training and self.index_only:
         raise ValueError(f'{type(self).__name__} takes class indices, not probabilities: {self.index_only}')

@@ -160,7 +160,7 @@ def load_folder(
 def clothes_folder() -> Path: # With train/<class>/*, test/<class>/*
     "The photos of clothes that come with the package, as a folder in the cache. Raises `OSError` if it cannot be made."
     archive = resources.files('balms')/'clothes.zip'
-    folder = cache_dir()/f'clothes-{file_crc(archive):08x}'
+    folder = cache_dir()/f'clothes-{file_crc(archive):08x}'/'clothes'
     if folder.is_dir(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, zipfile.ZipFile(archive) as photos:

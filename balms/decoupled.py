@@ -100,6 +100,7 @@ def fit_classifier(self:Learner,
     reset:bool=True, # Start from a new classifier
     scales:bool=False, # Train one scale a class instead and keep the weights (LWS)
     views:int=0, # Train on a bank of this many augmented views, see `feature_bank`; 0: on images
+    bank=None, # Features to train on that were computed before: a `FeatureBank`, or two, for validation, too
     bn_drift:bool=False, # Let batch normalisation update its statistics
     cbs=None, # Callbacks of this stage, such as `MetaSampler()`
     **kwargs # Of `Learner.fit`
@@ -107,7 +108,7 @@ def fit_classifier(self:Learner,
     "Train the last linear layer alone, on frozen features (stage 2 of Kang et al. 2020)"
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('opt_func must be a function of parameters and lr, not an optimiser that was made already')
-    if views and bn_drift: raise ValueError('A bank of features is computed once: leave out views or bn_drift')
+    if (views or bank) and bn_drift: raise ValueError('A bank of features is computed once: leave out it or bn_drift')
     head = find_classifier(self.model)
     if scales:
         head = ScaledLinear(head)
@@ -115,7 +116,7 @@ def fit_classifier(self:Learner,
     elif reset: head.reset_parameters()
     if loss_func is not None: self.loss_func = loss_func
     try:
-        if views: _fit_on_bank(self, head, views, n_epoch, lr, cbs, kwargs)
+        if views or bank: _fit_on_bank(self, head, _banks(self, head, views, bank), n_epoch, lr, cbs, kwargs)
         else:
             self.opt = classifier_optimizer(self, head)
             self.fit(n_epoch, lr, cbs=[ClassifierOnly(bn_drift), *L(cbs)], **kwargs)
@@ -148,9 +149,9 @@ def feature_bank(
     features, targets = [], []
     model.eval()
     for batch in _batches(dl, views):
-        batch = to_device(batch, device)
+        batch = [plain_tensor(x) if isinstance(x, torch.Tensor) else x for x in to_device(batch, device)]
         features.append(plain_tensor(classifier_input(model, *batch[:n_inp])).float())
-        targets.append(plain_tensor(batch[n_inp]))
+        targets.append(batch[n_inp])
     model.train(training)
     vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
     bank = FeatureBank(torch.cat(features), torch.cat(targets), [str(v) for v in vocab])
@@ -158,10 +159,20 @@ def feature_bank(
     return bank
 
 # %% ../nbs/11_decoupled.ipynb #c2b15c82
-def _bank_dls(learn, views):
+def _banks(learn, head, views, bank):
+    "Features for training and for validation: those that are given, the others computed"
+    train, valid = bank if isinstance(bank, (tuple, list)) else (bank, None)
+    train = feature_bank(learn, views) if train is None else train
+    valid = feature_bank(learn, 1, 1) if valid is None else valid
+    for features in (train, valid):
+        if features.images.shape[1] == head.in_features: continue
+        raise ValueError(f'The bank has {features.images.shape[1]} features a sample, the classifier takes '
+                         f'{head.in_features}: is it of another network?')
+    return train, valid
+
+def _bank_dls(learn, bank, valid):
     "Loaders of features in place of those of images, drawn by the same class rates"
     dl, device = learn.dls.train, next(learn.model.parameters()).device
-    bank, valid = feature_bank(learn, views), feature_bank(learn, 1, 1)
     sampler = getattr(dl, 'sampler', None)
     if isinstance(sampler, ClassSampler):
         ranks = dict(rank=sampler.rank, world_size=sampler.world_size)
@@ -173,9 +184,10 @@ def _bank_dls(learn, views):
     dls.c = learn.dls.c
     return dls
 
-def _fit_on_bank(learn, head, views, n_epoch, lr, cbs, kwargs):
-    "Train the classifier on a bank of features, with the settings of `learn`"
-    dls, own = _bank_dls(learn, views), set(trained(head))
+# %% ../nbs/11_decoupled.ipynb #70bd3283
+def _fit_on_bank(learn, head, banks, n_epoch, lr, cbs, kwargs):
+    "Train the classifier on banks of features, with the settings of `learn`"
+    dls, own = _bank_dls(learn, *banks), set(trained(head))
     names = ('loss_func', 'opt_func', 'lr', 'wd', 'wd_bn_bias', 'moms', 'metrics')
     inner = Learner(dls, head, **{name: getattr(learn, name) for name in names})
     inner.logger, inner.create_mbar = learn.logger, learn.create_mbar

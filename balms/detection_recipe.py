@@ -40,9 +40,9 @@ STEPS = dict(drops='iters', drops2='iters2')                         # drops of 
 def unused_fields(
     method, # Of `SEG_METHODS`
 ) -> tuple:
-    "Fields of a recipe that a method has no use for: those of a second stage, or of learned weights"
+    "Fields of a recipe that a method has no use for: those of a second stage, of learned weights, or of counts"
     second = () if method.stage1 else ('iters2', 'lr2', 'drops2')
-    return second + (() if method.meta else ('meta_lr', 'meta_bs'))
+    return second + (() if method.meta else ('meta_lr', 'meta_bs')) + (() if method.counts else ('min_images',))
 
 # %% ../nbs/14da_detection_recipe.ipynb #58a3cde0
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class DetectionRecipe(BaseRecipe):
     preset: str = 'paper' # paper, code or small
     seed: int = 0 # Weights, batches, regions and flips
     model: str = None # A ResNet of torchvision
-    weights: str = None # Its published weights; none for random ones where the preset has others
+    weights: str = None # Its published weights, a file of them or of a detector's; none: random numbers
     width: int = None # Channels of the feature pyramid
     norm: str = None # Normalisation: frozen, batch or group
-    min_size: tuple = None # Short sides in training; the last one in evaluation
+    min_size: tuple = None # Short sides in training, one or several; the last one in evaluation
     max_size: int = None # Longest side
     anchors: tuple = None # Sides of the anchors, one a level
     rois: int = None # Regions an image that the box head learns from
@@ -75,13 +75,16 @@ class DetectionRecipe(BaseRecipe):
     min_images: float = None # Count a class in fewer images, or missing in fewer, as if in so many [refuse it]
     meta_bs: int = None # Images of a meta batch, over all processes [the regions of the step before]
     precision: str = 'float32' # float32, bfloat16 or float16, by automatic mixed precision
+    boxes_only: bool = None # Boxes without masks: a Faster R-CNN
 
     def __post_init__(self):
         self.require('method', self.methods)
         self.require('preset', SEG_PRESETS)
         self.fill(**self.defaults)
         for name, value in self.defaults.items():
-            if isinstance(value, tuple): object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            if isinstance(value, tuple):
+                object.__setattr__(self, name, (given,) if isinstance(given, (int, float)) else tuple(given))
         self.check()
 
     @property
@@ -97,14 +100,24 @@ def check(self:DetectionRecipe):
     self.require('opt', ('sgd', 'adamw'))
     self.require('norm', ('frozen', 'batch', 'group'))
     self.require('precision', ('float32', 'bfloat16', 'float16'))
-    self.check_numbers(dict.fromkeys(('iters', 'bs', 'rois', 'width', 'iters2', 'meta_bs'), (1, math.inf)))
-    self.check_numbers(dict.fromkeys(('lr', 'warmup', 'wd', 'lr2', 'meta_lr'), (0, math.inf)))
+    whole = 'iters', 'bs', 'rois', 'width', 'max_size', 'iters2', 'meta_bs'
+    self.check_numbers(dict.fromkeys(whole, (1, math.inf)))
+    self.check_numbers(dict.fromkeys(('seed', 'lr', 'warmup', 'wd', 'lr2', 'meta_lr'), (0, math.inf)))
+    if self.min_images is not None and not 0 < self.min_images < math.inf:
+        raise ValueError(f'min_images must be a number above 0, not {self.min_images}')
     idle = [name for name in unused_fields(self.methods[self.method]) if getattr(self, name) is not None]
-    if idle: raise ValueError(f'{", ".join(idle)}: the method {self.method!r} has no such stage, or no learned weights')
+    if idle:
+        raise ValueError(f'{", ".join(idle)}: the method {self.method!r} has no such stage, learned weights or counts')
+    for name, length in dict(min_size=None, anchors=5, proposals=2).items():
+        values = getattr(self, name)
+        if not values or length not in (None, len(values)) or not all(isinstance(v, int) and v > 0 for v in values):
+            raise ValueError(f'{name} must be {length or "one or more"} whole numbers above 0, not {values}')
+    if max(self.min_size) > self.max_size:
+        raise ValueError(f'min_size {self.min_size} is more than max_size={self.max_size}')
     for drops, iters in STEPS.items():
         last = getattr(self, iters)
-        if any(d >= last for d in getattr(self, drops) or ()):
-            raise ValueError(f'{drops} must be below {iters}={last}, not {getattr(self, drops)}')
+        if any(not 0 <= d < last for d in getattr(self, drops) or ()):
+            raise ValueError(f'{drops} must be 0 or more, and below {iters}={last}, not {getattr(self, drops)}')
 
 # %% ../nbs/14da_detection_recipe.ipynb #06934d72
 @patch(as_prop=True)
@@ -121,7 +134,7 @@ def defaults(self:DetectionRecipe) -> dict:
 @patch(as_prop=True)
 def usual(self:DetectionRecipe) -> dict:
     "The values of a recipe that changes nothing of its preset"
-    return dict(min_images=None, meta_bs=None) | self.defaults
+    return dict(min_images=None, meta_bs=None, boxes_only=None) | self.defaults
 
 @patch(as_prop=True)
 def stage1(self:DetectionRecipe) -> DetectionRecipe:

@@ -81,6 +81,7 @@ class LossHeads(RoIHeads):
     def class_loss(self, logits, labels) -> Tensor: # Labels are 0 for background, else 1..k, as torchvision has them
         "Mean over all regions of their weighted losses, a number in float32"
         last = (labels - 1) % (logits.shape[1] + 1)                  # our sigmoid losses have background last
+        if logits.shape[1] == 1: last = (labels == 1).float()[:, None]
         rows = self.loss_func(logits.float(), labels if self.box_predictor.background else last)
         if self.row_weights is not None: rows = rows*self.row_weights(labels)
         return rows.sum()/len(rows)
@@ -170,17 +171,26 @@ def use_loss(
     return model
 
 # %% ../nbs/14c_detector.ipynb #ceef86b7
+def _published_resnet(name, weights, norm_layer):
+    "A ResNet of torchvision. Raises `ValueError` with the choices, `OSError` where weights cannot be downloaded"
+    choices = [n for n in models.list_models(models) if n.startswith(('resnet', 'resnext', 'wide_resnet'))]
+    if name not in choices: raise ValueError(f'backbone must be a ResNet, {", ".join(choices)}, not {name!r}')
+    published = list(models.get_model_weights(name).__members__)
+    if weights and weights not in published:
+        raise ValueError(f'Weights of {name} are {", ".join(published)}, or a file; there is no {weights!r}')
+    try: return models.get_model(name, weights=weights, norm_layer=norm_layer)
+    except OSError as e: raise OSError(f'Weights {weights} cannot be downloaded ({e}): weights takes a file') from e
+
 def _backbone(name, weights, norm_layer, trainable_layers, width):
     "A ResNet of torchvision with a feature pyramid, frozen but for its last layers"
-    if not name.startswith(('resnet', 'resnext', 'wide_resnet')):
-        raise ValueError(f'backbone must be a ResNet of torchvision, not {name!r}')
-    body = models.get_model(name, weights=weights, norm_layer=norm_layer)
+    body = _published_resnet(name, weights, norm_layer)
     names = 'layer4', 'layer3', 'layer2', 'layer1', 'conv1', 'bn1'
     trained = names if trainable_layers == 5 else names[:trainable_layers]
     for n, p in body.named_parameters(): p.requires_grad_(n.startswith(trained))
     channels = [body.fc.in_features//2**i for i in (3, 2, 1, 0)]
     return BackboneWithFPN(body, {f'layer{i + 1}': str(i) for i in range(4)}, channels, width)
 
+# %% ../nbs/14c_detector.ipynb #39da1a4f
 def mask_rcnn(
     num_classes:int, # k, without background
     loss_func:nn.Module=None, # As in `use_loss`
@@ -193,6 +203,7 @@ def mask_rcnn(
     max_size:int=1333, # Longest side
     anchors:tuple=(32, 64, 128, 256, 512), # Sides of the anchors, one a level
     background:bool=None, prior:float=.001, head:type=nn.Linear, # As in `use_loss`
+    masks:bool=True, # False: boxes alone, which is a Faster R-CNN
     **kwargs # Of torchvision's `MaskRCNN`
 ) -> MaskRCNN:
     "Mask R-CNN with a feature pyramid (He et al. 2017) as the paper uses it: 300 detections over a score of 1e-4"
@@ -206,6 +217,8 @@ def mask_rcnn(
         box_head=TwoMLPHead(width*49, 4*width), box_predictor=FastRCNNPredictor(4*width, num_classes + 1),
         mask_head=MaskRCNNHeads(width, (width,)*4, 1),
         mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1), **kwargs)
+    heads = model.roi_heads
+    if not masks: heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
     return use_loss(model, num_classes, loss_func, background=background, prior=prior, head=head)
 
 # %% ../nbs/14c_detector.ipynb #ef10d8d8
@@ -218,10 +231,11 @@ class SegMethod:
     weights: object = None # Image counts -> fixed weights (k,) of the losses of foreground regions, up to a factor
     meta: bool = False # The Meta Reweighter learns these weights
     scales: bool = False # Stage 2 trains one scale a class (LWS)
+    counts: bool = True # Whether loss or weights depend on the image counts
     background: bool = False # A softmax, with a logit for background
     head: type = nn.Linear # Class of the box classifier
 
-_plain_sigmoid = lambda n, total: SigmoidFocalLoss(n, gamma=0., alpha=None, reduction='none')
+_plain_sigmoid = lambda n, total: SigmoidFocalLoss(gamma=0., alpha=None, reduction='none')
 _plain_softmax = lambda n, total: FocalLoss(gamma=0., reduction='none')
 _balanced = lambda n, total: BalancedSigmoid(n, total=total, reduction='none')
 _inverse_effective = lambda n: class_weights(effective_number(n))
@@ -231,12 +245,12 @@ def _ldam(n, total):
     return loss
 
 SEG_METHODS = dict(
-    softmax=SegMethod('Softmax', _plain_softmax, background=True),
-    sigmoid=SegMethod('Sigmoid', _plain_sigmoid),
-    focal=SegMethod('Focal Loss', lambda n, total: SigmoidFocalLoss(n, reduction='none')),
+    softmax=SegMethod('Softmax', _plain_softmax, counts=False, background=True),
+    sigmoid=SegMethod('Sigmoid', _plain_sigmoid, counts=False),
+    focal=SegMethod('Focal Loss', lambda n, total: SigmoidFocalLoss(reduction='none'), counts=False),
     class_balanced=SegMethod('Class Balanced Loss', _plain_sigmoid, weights=_inverse_effective),
     ldam=SegMethod('LDAM', _ldam, background=True, head=CosineLinear),
-    lws=SegMethod('LWS', _plain_softmax, 'softmax', background=True, scales=True),
+    lws=SegMethod('LWS', _plain_softmax, 'softmax', counts=False, background=True, scales=True),
     eql=SegMethod('Equalization Loss', lambda n, total: SigmoidEqualization(n, total=total, reduction='none')),
     bs=SegMethod('Balanced Softmax', _balanced, 'sigmoid'),
     balms=SegMethod('BALMS', _balanced, 'sigmoid', meta=True),
@@ -301,8 +315,9 @@ def average_precision(
     model:nn.Module, # A detector of torchvision
     dl, # Loader of images and targets
     anns, # Their annotations, see `read_annotations`
+    **kwargs # Of `InstanceAP`, such as `groups` of the training file
 ) -> dict: # AP, APr, APc, APf of masks, APb of boxes, and more: see `InstanceAP`
     "Average precision as LVIS defines it, 0..1. Raises `ValueError` for images that are not in `anns`"
-    ap = InstanceAP(anns)
+    ap = InstanceAP(anns, **kwargs)
     for outputs, ids in detect(model, dl): ap.add(outputs, ids)
     return ap.compute()

@@ -6,9 +6,11 @@
 __all__ = ['detections', 'InstanceAP']
 
 # %% ../nbs/14b_instance_ap.ipynb #e47a1e95
-import torch
+import json, torch
 import numpy as np
+from collections import Counter, defaultdict
 from math import nan
+from pathlib import Path
 from torch import Tensor
 from fastcore.basics import patch
 from .annotation_rules import coco_library
@@ -48,17 +50,29 @@ def detections(
         rows += own
     return rows
 
+# %% ../nbs/14b_instance_ap.ipynb #cc6ed951
+def _max_dets(n):
+    "As an end of slices: None for no limit"
+    if n < 1 and n != -1: raise ValueError(f'max_dets must be 1 or more, or -1, not {n}')
+    return None if n == -1 else n
+
+def _known_groups(anns, groups):
+    "`groups`, or those that the file of `anns` states, or None"
+    if groups and len(groups) != anns.c: raise ValueError(f'{len(groups)} groups for {anns.c} classes')
+    return groups or (anns.groups if anns.has_groups else None)
+
 # %% ../nbs/14b_instance_ap.ipynb #fc0b515d
 class InstanceAP:
     "AP of masks and boxes by LVIS's rules, from outputs that are added image by image"
     def __init__(self,
         anns:Annotations, # The truth; all its images count
-        max_dets:int=300, # Detections an image, the best over all classes
+        max_dets:int=300, # Detections an image, the best over all classes; -1: no limit
         kinds=('segm', 'bbox'), # Masks, boxes, or both
+        groups:list=None, # 'r', 'c' or 'f' of each class by its training images; default: what the file states
     ):
         if not {'segm', 'bbox'}.issuperset(kinds): raise ValueError(f"kinds are 'segm' and 'bbox', not {kinds!r}")
-        self.anns, self.max_dets, self.kinds = anns, max_dets, tuple(kinds)
-        self.place = {int(n): i for i, n in enumerate(anns.image_ids)}
+        self.anns, self.max_dets, self.kinds = anns, _max_dets(max_dets), tuple(kinds)
+        self.place, self.groups = {int(n): i for i, n in enumerate(anns.image_ids)}, _known_groups(anns, groups)
         self.reset()
     def reset(self): self.results, self.seen = [], set()
     def asked(self, image_id:int) -> Tensor:
@@ -85,6 +99,36 @@ class InstanceAP:
             self.results += detections([{k: v[best] for k, v in o.items() if k in _OUTPUTS}], [i], self.anns)
         self.seen.update(ids)
 
+# %% ../nbs/14b_instance_ap.ipynb #b6156d9d
+@patch
+def add_results(self:InstanceAP,
+    results, # Result file (JSON), or its list: dicts of image_id, category_id, score, bbox (x, y, w, h), segmentation
+):
+    "Add detections of any tool. Raises `ValueError` for what is missing or unknown, or was added before."
+    name = 'The results'
+    if not isinstance(results, list): name, results = results, _read_results(results)
+    keys = ['image_id', 'category_id', 'score', *(dict(segm='segmentation', bbox='bbox')[kind] for kind in self.kinds)]
+    lacks = Counter(key for row in results for key in keys if key not in row)
+    if lacks: raise ValueError(f'{name}: detections without ' + ', '.join(f'{k} ({n:,})' for k, n in lacks.items()))
+    by_image = defaultdict(list)
+    for row in results: by_image[row['image_id']].append(row)
+    unknown = [i for i in by_image if i not in self.place], {r['category_id'] for r in results} - set(self.anns.cat_ids)
+    for what, ids in zip(('images', 'categories'), map(list, unknown)):
+        if ids: raise ValueError(f'{name}: {what} {ids[:10]} are not in {self.anns.path}')
+    if self.seen.intersection(by_image): raise ValueError(f'{name}: some images were added before')
+    for image_id, rows in by_image.items():
+        asked = {self.anns.cat_ids[label - 1] for label in self.asked(image_id).tolist()}
+        best = sorted(rows, key=lambda row: -row['score'])[:self.max_dets]
+        self.results += [{k: row[k] for k in keys} for row in best if row['category_id'] in asked]
+    self.seen.update(by_image)
+
+def _read_results(path):
+    "The list of a result file"
+    try: results = json.loads(Path(path).expanduser().read_bytes())
+    except ValueError as e: raise ValueError(f'{path} is not a JSON file: {e}') from None
+    if isinstance(results, list) and all(isinstance(row, dict) for row in results): return results
+    raise ValueError(f'{path} is not a result file: a list of detections is needed')
+
 # %% ../nbs/14b_instance_ap.ipynb #f9bd2224
 @patch
 def _truth(self:InstanceAP, image_ids):
@@ -99,7 +143,8 @@ def _truth(self:InstanceAP, image_ids):
         for row in a.rows(i)[a.counted[a.rows(i)]].tolist():
             annotations.append(dict(id=row + 1, image_id=image_id, category_id=a.cat_ids[a.labels[row] - 1], iscrowd=0,
                                     bbox=a.boxes[row].tolist(), area=float(a.areas[row]), segmentation=a.outlines[row]))
-    categories = [dict(id=i, name=name, frequency=group) for i, name, group in zip(a.cat_ids, a.names, a.groups)]
+    groups = self.groups or 'f'*a.c
+    categories = [dict(id=i, name=name, frequency=group) for i, name, group in zip(a.cat_ids, a.names, groups)]
     return dict(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/14b_instance_ap.ipynb #1e3d8d4d
@@ -107,6 +152,7 @@ def _truth(self:InstanceAP, image_ids):
 def _evaluate(self:InstanceAP, truth, kind, chunk):
     "The evaluator, with precision and recall of all classes"
     library, parts = coco_library(), []
+    limit = self.max_dets or max(Counter(r['image_id'] for r in self.results).values(), default=1)
     other_kind = 'bbox' if kind == 'segm' else 'segmentation'
     for i in range(0, self.anns.c, chunk):
         cats = set(self.anns.cat_ids[i:i + chunk])
@@ -114,7 +160,7 @@ def _evaluate(self:InstanceAP, truth, kind, chunk):
         found = [{k: v for k, v in r.items() if k != other_kind} for r in self.results if r['category_id'] in cats]
         coco = library.COCO({**truth, 'annotations': annotations})
         evaluator = library.COCOeval_faster(coco, coco.loadRes(found), kind, lvis_style=True)
-        evaluator.params.maxDets, evaluator.params.catIds = [self.max_dets], sorted(cats)
+        evaluator.params.maxDets, evaluator.params.catIds = [limit], sorted(cats)
         evaluator.evaluate()
         evaluator.accumulate()
         parts.append(evaluator.eval)
@@ -141,7 +187,7 @@ def compute(self:InstanceAP,
     for kind in self.kinds:
         evaluator = self._evaluate(truth, kind, chunk)
         for name, theirs in _SCORES.items():
-            score = evaluator.stats_as_dict[theirs]
+            score = -1 if name[2:] in ('r', 'c', 'f') and not self.groups else evaluator.stats_as_dict[theirs]
             scores[name.replace('AP', 'AP' if kind == 'segm' else 'APb')] = nan if score == -1 else score
         precision = torch.from_numpy(evaluator.eval['precision'][:, :, :, 0, -1]).mean((0, 1))
         self.per_class[kind] = torch.where(precision < 0, nan, precision)

@@ -15,6 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.vision.core import imagenet_stats
 from .array_loader import ShuffledIndices, array_dls
 from .datasets import data_root, load_data
 from .decoupled import replace_classifier
@@ -24,6 +25,7 @@ from .long_tail import ArrayDataset, long_tail
 from .methods import METHODS
 from .models import body_fc, get_model
 from .packs import PackedDataset
+from .pretrained import input_stats
 from .recipe import AUGMENTS, LIST_AUGMENTS, Recipe, in_lists
 from .sampled_loader import SampledDL
 from .samplers import ClassSampler, sampling_rates
@@ -63,6 +65,7 @@ def load_images(
     skip_missing:bool=False, # Leave out images of lists that are not there
 ) -> tuple: # (train, test)
     "The images of a recipe, thinned to its imbalance. Raises `ValueError` for what its kind of data does not have."
+    if hasattr(recipe, 'load_images'): return recipe.load_images()        # photos of your own
     if in_lists(recipe.data): return _load_lists(recipe, root, lists, pack, skip_missing)
     for name, given in dict(lists=lists, pack=pack, skip_missing=skip_missing).items():
         if given: raise ValueError(f'{name} is for images in lists, which {recipe.data} is not')
@@ -93,7 +96,8 @@ def _loaders(recipe, train, test, counts, execution, bs):
         return dls, augment
     valid_bs = min(execution.micro_bs or n, n)
     dls = list_dls(train, test, bs=n, valid_bs=valid_bs, size=recipe.size, seed=recipe.seed, device=device,
-                   num_workers=execution.workers, **LIST_AUGMENTS[recipe.augment])
+                   num_workers=execution.workers, stats=input_stats(recipe.model) if recipe.weights else imagenet_stats,
+                   **LIST_AUGMENTS[recipe.augment])
     sampler = recipe_sampler(recipe, train, rates, ranks, 'cpu')
     dls.loaders[0] = SampledDL.from_dl(dls.train, sampler, seed=recipe.seed)
     return dls, None

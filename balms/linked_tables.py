@@ -9,12 +9,18 @@ __all__ = ['TABLE3', 'linked_table', 'shot_table']
 import math
 from pathlib import Path
 from .methods import METHODS
+from .recipe import Recipe
 from .rows import select_rows
 from .tables import TABLES, Footnotes, format_cell, method_title, summary
 
 # %% ../nbs/12g_linked_tables.ipynb #da47c420
 def _anchor(table, data, imbalance, preset, method):
     return f'table{table}-{Path(data).name}-{imbalance:g}-{preset}-{method.replace("_", "-")}'
+
+def _option(field, value):
+    name = field.replace('_', '-')
+    if isinstance(value, bool): return f'--{name} ' if value else f'--no-{name} '
+    return f'--{name} {value} '
 
 def _source(rows, table):
     "One entry of a list of sources: the runs of one cell"
@@ -24,8 +30,9 @@ def _source(rows, table):
     environments = [e for r in rows for e in r['environments']]
     def of(field): return ', '.join(sorted({str(e.get(field)) for e in environments}))
     steps = f'{p["iters"]} + {p["iters2"]}' if p.get('iters2') else p['iters']
+    changed = ''.join(_option(*item) for item in Recipe(**p).changed.items())          # of the preset as it is today
     command = (f'balms_train --data {data} --imbalance {imbalance} --preset {preset} --method {method} '
-               f'--seeds {max(seeds) + 1}')
+               f'{changed}--seeds {max(seeds) + 1}')
     return (f'- <a id="{_anchor(table, data, imbalance, preset, method)}"></a>**{method_title(method)}**, {data}, '
             f'imbalance {imbalance}: seeds {", ".join(map(str, seeds))}; {p["model"]}, {steps} steps of {p["bs"]}; '
             f'commit {of("commit")}; torch {of("torch")} on {of("device")}; `{command}`')

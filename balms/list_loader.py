@@ -239,12 +239,12 @@ class ImageListDL(TfmdDL):
             dataset.split_idx = 1
         return super().new(dataset, cls, **kwargs)
 
-def _list_dl(ds, view, split_idx, bs, num_workers, device, augment):
+def _list_dl(ds, view, split_idx, bs, num_workers, device, augment, stats):
     "One of the loaders"
     ds = ds.with_view(ds.view or view)
     ds.split_idx = split_idx
     is_train = split_idx == 0
-    after_batch = [IntToFloatTensor(), augment, Normalize.from_stats(*imagenet_stats, cuda=False)]
+    after_batch = [IntToFloatTensor(), augment, Normalize.from_stats(*stats, cuda=False)]
     dl = ImageListDL(ds, bs=bs, shuffle=is_train, drop_last=is_train and len(ds) >= bs, num_workers=num_workers,
                      device=device, pin_memory=device.type == 'cuda', after_batch=after_batch)
     dl.to(device)
@@ -262,6 +262,7 @@ def list_dls(
     num_workers:int=None, # Processes that read and decode; default: one a CPU, at most 16
     seed:int=0, # Of mirror and colour jitter
     device=None, # Default: fastai's `default_device`
+    stats=imagenet_stats, # Mean and standard deviation that images are normalised by, see `input_stats`
 ) -> DataLoaders:
     "fastai `DataLoaders` of images in lists. Raises `ValueError` for an unknown preset and unequal classes."
     if preset not in VIEWS: raise ValueError(f'Unknown preset {preset!r}: choose from {", ".join(VIEWS)}')
@@ -269,6 +270,6 @@ def list_dls(
     device = torch.device(device or default_device())
     if num_workers is None: num_workers = min(os.cpu_count(), 16)
     train_view, valid_view = VIEWS[preset][0](size), VIEWS[preset][1](size, round(size*256/224))
-    how = num_workers, device, FlipJitter(flip, jitter, seed)
+    how = num_workers, device, FlipJitter(flip, jitter, seed), stats
     return DataLoaders(_list_dl(train, train_view, 0, bs, *how), _list_dl(valid, valid_view, 1, valid_bs or bs, *how),
                        device=device)

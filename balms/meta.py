@@ -230,7 +230,7 @@ def plot(self:MetaCallback,
     "r_c of each class, common to rare, at the start, half-way and at the end (Ren et al. 2020, supplement Fig. 3)"
     half = len(self.history)//2
     points = [*self.history[:1], *self.history[half:half + 1], (self.n_steps, self.psi.r.cpu())]
-    ax = plot_curves({f'step {step:,}': r for step, r in points}, self.psi.log_n, ax, title, 'r')
+    ax = plot_curves({f'step {step:,}': r for step, r in points}, self.psi.log_n.exp(), ax, title, 'r')
     ax.set_ylim(0, 1)
     return ax
 

@@ -24,7 +24,7 @@ _cifar = dict(model='resnet32', iters=13000, bs=512, augment='autoaugment_cutout
 PRESETS = dict(
     paper=_cifar,
     code=_cifar | dict(nesterov=False, iters=12400, bn_drift=True, meta_beta2=.999),
-    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
+    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', views=8))
 _digits = PRESETS['small'] | dict(model='small_cnn', iters=600, bs=64, augment='shift', threads=1)
 
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # the defaults
@@ -42,16 +42,16 @@ LIST_AUGMENTS = dict( # Of images in lists: arguments of `list_dls`
 _photographs = _stage1_sgd | _stage2 | _rates | dict(
     model='resnet10', weights=None, size=224, bs=512, lr=.2, warmup=0, warmup_lr=0., nesterov=False, augment='resize')
 _released = dict(bn_drift=True, meta_lr=.001, meta_beta2=.999, augment='window')
-_imagenet = _photographs | dict(epochs=90, epochs2=10, lr2=.2, meta_bs=1024)
+_imagenet = _photographs | dict(epochs=90, epochs2=10, lr2=.2, meta_bs=512)
 _places = _photographs | dict(
-    model='resnet152', weights='IMAGENET1K_V1', lr=.01, epochs=30, epochs2=10, lr2=.01, meta_bs=512)
+    model='resnet152', weights='IMAGENET1K_V1', epochs=30, epochs2=10, lr2=.01, meta_bs=512)
 _inaturalist = _imagenet | dict(model='resnet50')                            # chosen here: no source gives a recipe
 LIST_PRESETS = { # (data, preset): settings; `code, learned`: for methods with learned rates, where they differ
     ('imagenet_lt', 'paper'): _imagenet,
     ('imagenet_lt', 'code'): _imagenet | _released | dict(lr2=.4, init_pow=.1),
-    ('imagenet_lt', 'code, learned'): _imagenet | _released | dict(lr2=.5, init_pow=.1, epochs2=20),
+    ('imagenet_lt', 'code, learned'): _imagenet | _released | dict(lr2=.5, init_pow=.1, epochs2=20, meta_bs=1024),
     ('places_lt', 'paper'): _places | dict(bs2=128),
-    ('places_lt', 'code'): _places | _released | dict(lr2=.02, bs2=256, init_pow=.3),
+    ('places_lt', 'code'): _places | _released | dict(lr=.01, lr2=.02, bs2=256, init_pow=.3),
     ('inaturalist18', 'paper'): _inaturalist,
     ('inaturalist18', 'code'): _inaturalist | _released | dict(init_pow=.1)}
 LIST_SETS = 'imagenet_lt', 'places_lt', 'inaturalist18'
@@ -184,6 +184,7 @@ class Recipe(BaseRecipe):
         self.require('method', self.methods)
         self.require('preset', PRESETS)
         if self.views: self.fill(bn_drift=False)
+        if self.bn_drift: self.fill(views=0)
         self.fill(**self.defaults)
         self.check()
         self.check_numbers(RANGES)

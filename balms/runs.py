@@ -17,10 +17,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastcore.basics import noop
-from .array_loader import array_dls
+from .array_loader import ArrayDL, array_dls
 from .baselines import DeferredReweighting
 from .checkpoint import join_environments
 from .core import class_counts, plain_tensor
+from .cuda_graphs import Graphed, GraphedStep
 from .decoupled import ClassifierOnly, ScaledLinear, classifier_optimizer, feature_bank, replace_classifier
 from .learner import data_crc, load_images, recipe_learner, recipe_sampler
 from .long_tail import ArrayDataset
@@ -90,6 +91,7 @@ def _train_stage1(job):
         pieces = bs//micro_bs
         cbs.append(GradientAccumulation(bs))
     if ranks.world > 1: cbs.append(Distributed(weighted=not method.meta))
+    if execution.graphs and not cbs and isinstance(learn.dls.train, ArrayDL): cbs = [GraphedStep(recipe.precision)]
     lr_at = partial(warmup_cosine, total=recipe.iters, lr=recipe.lr, warmup=recipe.warmup, warmup_lr=recipe.warmup_lr)
     if METHODS[job.recipe.method].two_stages and stop_at is not None and stop_at > recipe.iters: stop_at = None
     return learn, job.fit(learn, recipe, recipe.iters, lr_at, cbs, stop_at, pieces=pieces)
@@ -105,6 +107,13 @@ def _on_features(learn, recipe, head, execution):
                     train_bn=False)
     inner.opt = classifier_optimizer(inner, head)
     return inner
+
+def _graph_frozen(learn, execution):
+    "Launch the kernels of the augmentation at once, and those of the frozen body"
+    augment = getattr(learn.dls.train, 'augment', None)
+    for f in getattr(augment, 'augments', [augment]):
+        if hasattr(f, 'apply'): f.apply = Graphed(f.apply)
+    if not execution.compile: learn.model.body.forward = Graphed(learn.model.body.forward)
 
 def _meta_callback(recipe, ranks):
     "The Meta Sampler or Meta Reweighter of a second stage, with the recipe's settings"
@@ -128,6 +137,7 @@ def _train_stage2(job, stage1_model):
     else:
         learn.opt = classifier_optimizer(learn, head)
         cbs.append(ClassifierOnly(recipe.bn_drift))
+        if execution.graphs and not recipe.bn_drift: _graph_frozen(learn, execution)
         if execution.micro_bs: cbs.append(FrozenPieces(execution.micro_bs))
     if ranks.world > 1: cbs.append(Distributed(weighted=not method.meta))
     lr_at = partial(warmup_cosine, total=recipe.iters2, lr=recipe.lr2, warmup=0, warmup_lr=0.)
@@ -249,13 +259,15 @@ def run(
     sync_bn:bool=False, # Batch normalisation over all processes, on CUDA
     skip_missing:bool=False, # Leave out images of lists that are not there, and say how many in the row
     every:float=30., # Seconds between two checkpoints
+    graphs:bool=False, # On CUDA, for images in memory: launch the kernels of a step at once, see `GraphedStep`
 ) -> dict: # The row
     "Train by a recipe, evaluate once, write `out/<key>/row.json`; goes on from what a stopped run left."
     if micro_bs is not None and micro_bs < 1: raise ValueError(f'micro_bs must be 1 or more, not {micro_bs}')
     ranks, device = start_ranks(device)
     for name, is_on in ((f'precision {recipe.precision!r}', recipe.precision != 'float32'), ('sync_bn', sync_bn)):
         if is_on and device.type != 'cuda': raise ValueError(f'{name} needs a CUDA device; this is {device.type!r}')
-    execution, out = Execution(device, compile, ranks, micro_bs, sync_bn, workers, every), Path(out).expanduser()
+    execution = Execution(device, compile, graphs, ranks, micro_bs, sync_bn, workers, every)
+    out = Path(out).expanduser()
     load = partial(load_images, recipe, root, lists, pack, skip_missing)
     with ending_together(ranks), _cpu_threads(recipe.threads):
         ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))

@@ -8,7 +8,8 @@ __all__ = ['log_odds_prior', 'multi_hot', 'SigmoidLoss', 'BalancedSigmoid']
 # %% ../nbs/00a_sigmoid.ipynb #fb67cc16
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .core import ClassificationLoss, class_counts, list_classes, plain_tensor, positive_vector, read_labels
+from .core import ClassificationLoss, class_counts, class_indices, list_classes, plain_tensor, positive_vector
+from .core import read_labels
 
 # %% ../nbs/00a_sigmoid.ipynb #5e396443
 def log_odds_prior(
@@ -36,6 +37,10 @@ def multi_hot(
 ) -> tuple: # (logits, multi-hot targets, both with classes last; which rows count, None for all)
     "One form for both kinds of target. Raises `ValueError` for another shape, `IndexError` for a class out of range."
     k = input.shape[axis]
+    if k == 1 and target.ndim < input.ndim and not target.is_floating_point():
+        raise ValueError('With one logit, does 0 mean the class or no class? Say it with targets of the shape of the '
+                         'logits, 1 where a sample has the class: target.float()[:, None]')
+    if target.shape != input.shape: target = class_indices(target, input, axis)
     if target.shape == input.shape: return input.movedim(axis, -1), target.movedim(axis, -1), None
     input = input.movedim(axis, -1)
     if target.shape != input.shape[:-1] or target.is_floating_point():
@@ -47,11 +52,12 @@ def multi_hot(
     if checked and (target.min() < 0 or target.max() > k):
         wrong = int(target.min() if target.min() < 0 else target.max())
         raise IndexError(f'Target {wrong} is out of range: 0..{k - 1}, {k} for background, or ignore_index')
-    return input, F.one_hot(target.long(), k + 1)[..., :k], valid
+    return input, F.one_hot(target, k + 1)[..., :k], valid
 
 # %% ../nbs/00a_sigmoid.ipynb #f4570dae
 class SigmoidLoss(ClassificationLoss):
     "What the sigmoid losses share; a subclass gives the k terms of a sample in `terms(logits, multi_hot_targets)`."
+    several = True
     def __init__(self,
         shift, # What training adds to the logits, float32 (k,)
         weight=None, # Weight of each class, (k,)
@@ -83,8 +89,9 @@ class SigmoidLoss(ClassificationLoss):
         return x.sigmoid()
 
     def decodes(self, x:Tensor) -> Tensor:
-        "The best class of each sample, or all classes over `thresh` if `multilabel`"
-        return x > self.thresh if self.multilabel else super().decodes(x)
+        "The best class of each sample; all classes over `thresh` if `multilabel`, or if there is one"
+        thresholded = self.multilabel or x.shape[self.class_axis(x)] == 1
+        return x > self.thresh if thresholded else super().decodes(x)
 
 # %% ../nbs/00a_sigmoid.ipynb #cc76165f
 class BalancedSigmoid(SigmoidLoss):
@@ -94,7 +101,7 @@ class BalancedSigmoid(SigmoidLoss):
         *, total:float=None, # Number of training samples; default: the sum of `counts`
         tau:float=1., # Strength of the shift
         constant:bool=False, # Add the derivation's log(k - 1)
-        foreground_only:bool=True, # Shift only samples that have a class; background keeps its plain logits
+        foreground_only:bool=None, # Do not shift samples without a class; default: yes if k > 1 and not `multilabel`
         weight=None, # Weight of each class, (k,)
         ignore_index:int=-100, # Targets that do not count
         reduction:str='mean', # Over the samples: 'mean', 'sum' or 'none'; a sample's loss is the sum of its k terms
@@ -104,13 +111,14 @@ class BalancedSigmoid(SigmoidLoss):
     ):
         shift = log_odds_prior(counts, total, tau, constant)
         super().__init__(shift, weight, ignore_index, reduction, multilabel, thresh, axis)
+        if foreground_only is None: foreground_only = len(shift) > 1 and not multilabel
         self.tau, self.foreground_only = tau, foreground_only
 
     @classmethod
     def from_dls(cls, dls, **kwargs):
         "The loss for fastai `DataLoaders` (or what `class_counts` takes); `total` is the number of training samples."
-        total = len(read_labels(getattr(dls, 'train_ds', dls)))
-        return cls(class_counts(dls), **{'total': total, **kwargs})
+        labels = read_labels(dls)
+        return cls(class_counts(labels, getattr(dls, 'c', None)), **{'total': len(labels), **kwargs})
 
     def terms(self, x, t):
         if self.training:

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastcore.basics import noop
 from .array_loader import mixed_seed
 from .baselines import DeferredReweighting
+from .cuda_graphs import GraphedStep
 from .checkpoint import Checkpoint, Interrupted, StopSignal, checkpoint_files
 from .files import folder_lock
 from .rows import environment
@@ -87,6 +89,7 @@ class Execution:
     "How a run is done, which is no part of what it is"
     device: torch.device # Of this process
     compile: bool = False # Let PyTorch compile the network's body
+    graphs: bool = False # Launch the kernels of a step at once
     ranks: Ranks = field(default_factory=Ranks) # The processes of the run
     micro_bs: int = None # Cut batches into pieces of so many images
     sync_bn: bool = False # Batch normalisation over all processes
@@ -96,6 +99,7 @@ class Execution:
     def environment(self, precision='float32') -> dict:
         "What a number depends on besides the recipe"
         e = dict(environment(self.device), compile=self.compile, precision=precision)
+        if self.graphs: e['graphs'] = True
         if self.micro_bs: e['micro_bs'] = self.micro_bs
         if self.ranks.world > 1: e.update(processes=self.ranks.world, sync_bn=self.sync_bn)
         return e
@@ -108,7 +112,9 @@ def _train(learn, checkpoint, iters, lr_at, cbs, progress):
         if isinstance(cb, DeferredReweighting): cb.progress = lambda: checkpoint.step/iters     # of the whole run
     own = [Schedule(lambda: lr_at(checkpoint.step)), TrainOnly(), checkpoint]
     if progress and checkpoint.ranks.rank == 0: own.append(Progress(checkpoint, iters))
-    waits = [cb for cb in learn.cbs if isinstance(cb, (ProgressCallback, Recorder))]
+    graphed = any(isinstance(cb, GraphedStep) for cb in cbs)
+    waits = [cb for cb in learn.cbs if isinstance(cb, (ProgressCallback, Recorder))
+             or graphed and isinstance(cb, MixedPrecision)]
     with learn.removed_cbs(waits): learn.fit(1, cbs=[*cbs, *own])
 
 def _check_finite(model, rates, lr):

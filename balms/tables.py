@@ -49,6 +49,8 @@ _TABLE_7 = { # As their authors report them, by `_COLUMNS`
     'ldam':            (math.nan, 73.35, 86.96, math.nan, 39.6, 56.91),
     'ldam_drw':        (math.nan, 77.03, 88.16, math.nan, 42.04, 58.71),
     'Meta-Weight-Net': (68.89, 75.21, 87.84, 37.91, 42.09, 58.46),
+    'eql':             (math.nan, math.nan, math.nan, 43.38, math.nan, math.nan),
+    'balms':           _TABLES_2_5['balms'][::2],                           # beside them: its numbers of Table 2
 }
 _TABLE_8 = dict( # CIFAR-10-LT, imbalance 200
     s_s=69.53, cbs_s=57.06, bs_s=65.75, crt=76.59, cbs_cbs=63.96, bs_cbs=75.35, bs_dt=78.53, cbs_bs=68.24, bs_bs=77.04)

@@ -172,6 +172,7 @@ def read_metadata(
         except ValueError: metadata[key] = text                  # of somebody else, who wrote plain text
     return metadata
 
+# %% ../nbs/06a_weights.ipynb #6dc59b53
 def _classifier_class(recipe):
     "What the method of a recipe puts in place of the network's own classifier, such as LDAM's; None: nothing"
     from balms.methods import METHODS                            # which builds on this module

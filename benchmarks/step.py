@@ -1,13 +1,14 @@
 """A training step of the CIFAR recipe through fastai's `Learner` against the same step in a loop written by hand.
 
     python benchmarks/step.py [--threads 2] [--device cpu] [--seconds 60] [--bs 512] [--model resnet32] [--side 32]
-                              [--precision float32] [--compile] [--recipe]
+                              [--precision float32] [--compile] [--recipe] [--profile]
     python benchmarks/step.py --device cuda --model resnet10 --side 224 --precision bfloat16    # a step of ImageNet-LT
 
 Sides, all with the loader and the augmentation of the package, the same network and loss:
     by hand   a loop of six lines, torch's SGD
     run       what `balms.runs.run` trains with: a `Learner` without fastai's recorder and progress bar
     Learner   as it comes: fastai's SGD, with momentum, and recorder
+    recorded  on CUDA: the step as one CUDA graph (`balms.cuda_graphs.GraphedStep`), without fastai's loop around it
 They run in turns, so that whatever else the machine does falls on each; a ratio is the median over turns of the ratio
 within a turn. A loop without a network follows, where the cost of the loop itself shows, and two ways to get batches
 without loader workers.
@@ -17,9 +18,10 @@ the next step, which makes a step on the CPU longer and its time vary by tens of
 So on the CPU the script starts itself again with that switched off; `--malloc default` leaves it as it is.
 
 On CUDA also: what share of a step augmentation is, the floor of a step (operations and bytes of the network over the
-rates that this card reaches in a matrix product and in a copy), and with --recipe the whole recipe of the paper, 13,000
-steps of 512 images. Images larger than 32 pixels are not augmented here, since loader workers do that
-(`benchmarks/loading.py`), and the hours of ImageNet-LT's 90 epochs follow from the step.
+rates that this card reaches in a matrix product and in a copy), with --recipe the whole recipe of the paper, 13,000
+steps of 512 images, and with --profile the kernels that take the most time in a step. Images larger than 32 pixels are
+not augmented here, since loader workers do that (`benchmarks/loading.py`), and the hours of ImageNet-LT's 90 epochs
+follow from the step.
 """
 import argparse
 import os
@@ -29,6 +31,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 import torch
+from fastai.callback.core import CancelBatchException
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import TfmdDL
 from fastai.learner import Learner, Recorder
@@ -38,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from balms.array_loader import array_dls
 from balms.core import BalancedSoftmax, class_counts
+from balms.cuda_graphs import GraphedStep
 from balms.learner import recipe_learner
 from balms.long_tail import ArrayDataset
 from balms.models import get_model
@@ -89,6 +93,21 @@ def through(learn):
     def go(n):
         learn.dls.train.n_batches = n
         with learn.no_bar(): learn.fit(1, cbs=TrainOnly())
+    return go
+
+
+def recorded(learn, a):
+    "A function that takes n steps, each one CUDA graph"
+    step, dl = GraphedStep(a.precision), learn.dls.train
+    learn.opt = learn.opt_func(learn.splitter(learn.model), lr=.1)
+    learn.model.to(memory_format=torch.channels_last).train()
+    step.learn = learn
+    step.before_train()
+    def go(n):
+        for _ in range(n):
+            step.take(dl.sampler.draw(dl.bs))
+            try: step.before_batch()
+            except CancelBatchException: pass
     return go
 
 
@@ -213,12 +232,22 @@ def on_cuda(a):
     return ok
 
 
+def profile(f, n=5):
+    "Print the kernels that take the most time of a step"
+    f(n)
+    with torch.profiler.profile() as p: f(n)
+    kernels = sorted(p.key_averages(), key=lambda e: -e.self_device_time_total)[:20]
+    total = sum(e.self_device_time_total for e in p.key_averages())
+    print(f'The GPU is at work for {total/n/1e3:.2f} ms of a step')
+    for e in kernels: print(f'    {e.self_device_time_total/n/1e3:7.3f} ms {e.count//n:5} times   {e.key[:110]}')
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(threads=2, device='cpu', seconds=60., bs=512, model='resnet32', side=32,
                               precision='float32').items():
         p.add_argument(f'--{name}', type=type(default), default=default)
-    for name in ('compile', 'recipe'): p.add_argument(f'--{name}', action='store_true')
+    for name in ('compile', 'recipe', 'profile'): p.add_argument(f'--{name}', action='store_true')
     p.add_argument('--malloc', choices=('keep', 'default'), default='keep')
     return p.parse_args()
 
@@ -235,6 +264,7 @@ def main():
     print('A step with the network')
     sides = {'by hand': by_hand(learner(a), a, a.precision)}
     sides |= {'run': through(learner(a)), 'Learner': through(learner(a, plain=True))}
+    if cuda: sides['recorded'] = recorded(learner(a), a)
     ratio = show(turns(sides, 50 if cuda else 3, a.seconds, a), 'by hand')['run']
     ok = ratio <= LIMIT
     print(f'    run at most {LIMIT} times by hand: {"yes" if ok else "NO"}')
@@ -244,6 +274,7 @@ def main():
         print('Batches without loader workers')
         show(turns(data_paths(a), 4, a.seconds/10, a), 'ArrayDL, whole batch', 1e3, 'ms a batch')
     if cuda: ok &= on_cuda(a)
+    if cuda and a.profile: profile(by_hand(learner(a), a, a.precision))
     return 0 if ok else 1
 
 

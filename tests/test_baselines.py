@@ -229,7 +229,10 @@ def test_bad_targets_counts_and_options(make):
     for t in (7, -1):
         with pytest.raises(IndexError, match='0..4'): f(x, torch.full((8,), t))
     with pytest.raises(ValueError, match='counts 5'): f(torch.randn(8, 4), torch.zeros(8).long())
-    for t in (torch.zeros(3).long(), torch.zeros(8, 1).long(), torch.rand(8, 4)):
+    f = make(COUNTS).eval()                                # losses that draw numbers do so in training
+    column = torch.zeros(8, 1, dtype=torch.int8)           # as tables have labels
+    assert torch.equal(f(x, column), f(x, column[:, 0].long()))
+    for t in (torch.zeros(3).long(), torch.zeros(8, 2).long(), torch.rand(8, 4)):
         with pytest.raises((ValueError, RuntimeError)): f(x, t)
     for counts, message in [
         ([], 'empty'),

@@ -59,7 +59,7 @@ def test_a_class_without_images_is_named_and_can_be_given_a_count(scenes, tmp_pa
     (tmp_path/'t.json').write_text(json.dumps(train))
     (tmp_path/'v.json').write_text(json.dumps(valid))
     where = dict(train=tmp_path/'t.json', valid=tmp_path/'v.json', images=scenes, out=tmp_path/'runs')
-    with pytest.raises(ValueError, match=r'\[10\]'): run_detection(recipe('bs'), **where)
+    with pytest.raises(ValueError, match="'unseen'"): run_detection(recipe('bs'), **where)
     assert run_detection(recipe('bs', min_images=.5), **where)['per_class'][10] is None
     (tmp_path/'v.json').write_text(json.dumps(dict(valid, info=dict(year=2026))))
     with pytest.raises(ValueError, match='valid_crc'): run_detection(recipe('bs', min_images=.5), **where)
@@ -81,7 +81,7 @@ def test_a_method_of_ones_own(scenes, tmp_path, monkeypatch):
         return torch.arange(1., 11)
     monkeypatch.setitem(SEG_METHODS, 'mine', SegMethod('Mine', SEG_METHODS['bs'].loss, 'sigmoid', weights=weights))
     run_detection(recipe('mine'), **files(scenes), out=tmp_path)
-    assert len(calls) == 1
+    assert len(calls) == 2                                               # before training, and in stage 2
     net = load_detector(recipe('mine'), scenes/'digits_train.json', tmp_path)
     assert type(net.roi_heads.loss_func) is BalancedSigmoid
     odd = SegMethod('Odd', SEG_METHODS['softmax'].loss, 'sigmoid', background=True)
@@ -159,14 +159,31 @@ def test_two_processes_have_the_same_weights_and_one_row(scenes, tmp_path):
 
 def test_the_command(scenes, tmp_path):
     def go(*options):
-        args = [scenes/'digits_train.json', scenes/'digits_val.json', scenes, '--data', 'digit scenes',
-                '--preset', 'small', '--iters', '2', '--iters2', '2', '--out', tmp_path, '--device', 'cpu', *options]
+        args = [scenes/'digits_train.json', scenes/'digits_val.json', scenes, '--preset', 'small', '--iters', '2',
+                '--out', tmp_path, '--device', 'cpu', *options]
         command = [sys.executable, '-m', 'balms.detection_cli', *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True)
-    r = go('--method', 'sigmoid,balms')
-    assert r.returncode == 0 and 'balms seed 0' in r.stdout and '| BALMS |' in r.stdout, r.stderr
-    r = go('--method', 'best')
-    assert r.returncode == 2 and 'softmax' in r.stderr and 'Traceback' not in r.stderr
+    r = go('--method', 'sigmoid,balms', '--iters2', '2')
+    assert r.returncode == 0 and 'balms seed 0' in r.stdout and '| BALMS, iters=2, iters2=2' in r.stdout, r.stderr
+    classes = (tmp_path/'digits_train-small-classes.csv').read_text()
+    assert classes.startswith('class,group,training images,sigmoid,balms')
+    for wrong, what in ((['--method', 'best'], 'softmax'), (['--iters2', '2', '--method', 'sigmoid'], 'iters2')):
+        r = go(*wrong)
+        assert r.returncode == 2 and what in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_boxes_alone(scenes, tmp_path):
+    "Without outlines a Faster R-CNN is trained, and AP is that of boxes"
+    content = json.loads((scenes/'digits_train.json').read_text())
+    for a in content['annotations']: del a['segmentation'], a['area']
+    (tmp_path/'boxes.json').write_text(json.dumps(content))
+    r = recipe('bs', boxes_only=True)
+    row = run_detection(r, tmp_path/'boxes.json', tmp_path/'boxes.json', scenes, tmp_path/'runs', 'cpu')
+    assert row['AP'] is None and row['APb'] is not None and len(row['per_class']) == 10
+    assert not any('mask' in name for name in model_of(tmp_path/'runs', r))
+    assert 'AP_b |' in detection_table([row], 'digit scenes', 'small', changed=True)
+    assert 'masks' not in load_detector(r, tmp_path/'boxes.json', tmp_path/'runs')([torch.rand(3, 96, 96)])[0]
+    assert recipe('bs').key == recipe('bs', boxes_only=None).key != r.key
 
 
 def test_small_runs_never_stand_beside_the_paper():
