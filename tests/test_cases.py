@@ -25,7 +25,7 @@ from balms.decoupled import ScaledLinear, feature_bank, nearest_class_mean, tau_
 from balms.meta import MetaSampler
 from balms.metrics import (ECE, ece, marginal_likelihood, mean_class_accuracy, per_class_accuracy, plot_marginal,
                            reliability, shot_accuracy, shot_masks, shot_metrics)
-from balms.lists import read_list
+from balms.lists import read_list, sample_tree
 from balms.models import check_classifier, find_classifier
 from balms.sigmoid import log_odds_prior
 from balms.sigmoid_baselines import SigmoidFocalLoss
@@ -488,8 +488,8 @@ LINES = 'a/1.jpg 0\nb/ü.jpg 1\n'
 
 
 @pytest.mark.parametrize('data', [
-    LINES.encode('utf-16'), LINES.encode('utf-8-sig'), (LINES + '\n  \n').encode(), LINES.replace('\n', '\r\n').encode(),
-    LINES.rstrip().encode(), (LINES + '\n').encode('utf-16')], ids=range(6))
+    LINES.encode('utf-16'), LINES.encode('utf-8-sig'), (LINES + '\n  \n').encode(),
+    LINES.replace('\n', '\r\n').encode(), LINES.rstrip().encode(), (LINES + '\n').encode('utf-16')], ids=range(6))
 @pytest.mark.parametrize('pack,name', [(bytes, 'l.txt'), (gzip.compress, 'l.txt.gz')], ids=['plain', 'gzip'])
 def test_lists_as_people_write_them(tmp_path, data, pack, name):
     "tensorflow/models#261, LightCNN#5: UTF-16, as PowerShell writes, was `not a text file`; a blank last line an error"
@@ -510,3 +510,22 @@ def test_lists_that_are_none(tmp_path, data, where, what, pack, suffix):
     path.write_bytes(pack(data))
     with pytest.raises(ValueError, match=what) as e: read_list(path)
     assert f'{path}{where}: ' in str(e.value)
+
+
+def test_training_and_validation_lists_without_a_test_list(tmp_path):
+    "BagofTricks-LT#13, SADE#7: the published lists of iNaturalist 2018, train and val, could not start; nor own ones"
+    from balms.learner import load_images
+    from balms.recipe import Recipe
+    from balms.runs import run
+    root = sample_tree(tmp_path/'photos', n_max=16, imbalance=4)
+    recipe = partial(Recipe, data=str(root), method='bs', iters=2, bs=8, size=16)
+    assert len(load_images(recipe())[1]) == 200 and len(load_images(recipe(eval_list='val'))[1]) == 50
+    (root/'digits_test.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='eval_list'): load_images(recipe())
+    row = run(recipe(eval_list='val'), tmp_path/'runs', workers=0)
+    assert row['recipe']['eval_list'] == row['changed']['eval_list'] == 'val'
+    assert recipe().key != recipe(eval_list='val').key and 'eval_list' not in recipe().identity
+    inat = Recipe('inaturalist18')
+    assert inat.eval_list == 'val' and not inat.changed
+    with pytest.raises(ValueError, match='eval_list'): recipe(eval_list='train')
+    with pytest.raises(ValueError, match='eval_list'): Recipe('digits', eval_list='val')
