@@ -142,7 +142,7 @@ def thumbnail(
 STYLE = """body {font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222}
 table {border-collapse: collapse; margin: 1em 0}
 td, th {padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd}
-td:first-child, th:first-child, td:last-child, th:last-child {text-align: left}
+td:first-child, th:first-child {text-align: left}
 img {max-width: 100%}
 .photos {display: flex; flex-wrap: wrap; gap: 1em}
 .photos img {width: 128px; image-rendering: pixelated}

@@ -23,6 +23,9 @@ class SampleWeights(MetaCallback):
     def before_train(self):
         if rank_and_size()[1] > 1:
             raise ValueError(f'{type(self).__name__} trains in one process: its weights are those of a whole batch')
+        if any(m._compiled_call_impl for m in self.network.modules()):
+            raise ValueError(f'{type(self).__name__} differentiates a batch twice, which a compiled network cannot do: '
+                             'leave out compile')
         super().before_train()
 
     def after_loss(self):

@@ -291,6 +291,10 @@ def test_differences_are_paired():
     assert table[0]['overall − Softmax'] == '' == table[1]['few − Softmax']
     assert difference_rows(a[:1] + b[:1])['d'][1]['overall − Softmax'] == '+2.0'
     assert len(difference_rows(a + [dict(r, train_crc=2) for r in b])) == 2            # of other images
+    quarter = [row('bs_quarter', s, 50.) for s in range(3)]
+    changed = [dict(r, changed=dict(lr=.2)) for r in b]
+    (table,) = difference_rows(quarter + changed + b, 'bs').values()                   # not of the nearest name
+    assert 'overall − Balanced Softmax' in table[0]
 
 
 # ---- the commands

@@ -129,3 +129,9 @@ def test_another_training_set_gets_a_new_network():
     first = cb.weigher
     trained(cb, nn.CrossEntropyLoss(), False)
     assert cb.weigher is not first and cb.weigher_opt.param_groups[0]['params'][0] is cb.weigher[0].weight
+
+
+def test_a_compiled_network_is_refused(tmp_path):
+    "Before anything is compiled"
+    with pytest.raises(ValueError, match='MetaWeightNet.*leave out compile'):
+        run(Recipe(method='mwn', iters=5, bs=32), tmp_path, device='cpu', compile=True)
