@@ -311,6 +311,8 @@ def check_annotations(
 @patch
 def check_photos(self:Annotations):
     "Raise `ValueError` for photos of another size than the file says, and for boxes that are not x, y, width, height."
+    if self.files is None:
+        raise ValueError(f'{self.path} was read without photos: read_annotations(path, images=folder)')
     faults = size_faults(self.files, self.sizes, self.orient)
     rows = [] if faults else self.counted.nonzero()[:, 0].tolist()
     masks = {row: self.mask(row) for row in rows[::1 + len(rows)//200]}

@@ -27,15 +27,14 @@ from .runs import probabilities
 from .tables import method_title
 
 # %% ../nbs/13e_class_report.ipynb #50adb209
-def _photos_of_a_frozen_run(row, prepare):
+def _photos_of_a_frozen_run(recipe, prepare):
     "Checksum of the training photos, and the test set"
-    photos = recipe_photos(PhotoRecipe(**row['recipe']), skip_bad=True)
+    photos = recipe_photos(recipe)
     test = photos.subset(photos.splits == 'test')
     return photos_crc(photos), PhotoFiles(test.paths, prepare, test.vocab, test.labels)
 
-def _images_of_a_run(row, device, kwargs):
+def _images_of_a_run(recipe, device, kwargs):
     "Checksum of the training images, and a loader of the test set as the run has it"
-    recipe = Recipe(**row['recipe'])
     train, test = load_images(recipe, **kwargs)
     return data_crc(train), recipe_learner(recipe, train, test, class_counts(train), device).dls.valid
 
@@ -46,10 +45,11 @@ def test_predictions(
 ) -> tuple: # Probabilities (n, k), labels (n,), and the test set
     "Predictions of a run for its own test set. Raises `ValueError` if the data set is another by now."
     learn, row = load_run(run, device), read_row(run)
+    recipe = (PhotoRecipe if 'valid_per_class' in row['recipe'] else Recipe)(**row['recipe'])
     if 'photos' in row:
-        crc, test = _photos_of_a_frozen_run(row, learn.dls.valid_ds.prepare)
+        crc, test = _photos_of_a_frozen_run(recipe, learn.dls.valid_ds.prepare)
         dl = learn.dls.test_dl(test)
-    else: crc, dl = _images_of_a_run(row, learn.dls.device, kwargs)
+    else: crc, dl = _images_of_a_run(recipe, learn.dls.device, kwargs)
     if crc != row['train_crc']:
         raise ValueError(f'{row["recipe"]["data"]} has other images than those that {run} was trained on')
     with learn.no_bar(): logits, targs = learn.get_preds(dl=dl, act=noop)
@@ -142,7 +142,7 @@ def thumbnail(
 STYLE = """body {font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222}
 table {border-collapse: collapse; margin: 1em 0}
 td, th {padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd}
-td:first-child, th:first-child, td:last-child, th:last-child {text-align: left}
+td:first-child, th:first-child {text-align: left}
 img {max-width: 100%}
 .photos {display: flex; flex-wrap: wrap; gap: 1em}
 .photos img {width: 128px; image-rendering: pixelated}

@@ -150,8 +150,8 @@ def _figure_name(recipe) -> str:
 def _report(recipe, rows, out):
     "Print the table of the rows, then save their figure"
     from balms.tables import format_table, plot_runs
-    print(f'\n{format_table(rows)}\n\nMean per-class accuracy and ECE in %, on the test set, last step; '
-          'mean ± standard error over seeds.')
+    print(f'\n{format_table(rows)}\n\nMean per-class accuracy and ECE in %, on the {recipe.eval_list or "test"} set, '
+          'last step; mean ± standard error over seeds.')
     figure = out/_figure_name(recipe)
     plot_runs(rows, figure)
     print(f'Figure: {figure}    Rows and models: {out}')

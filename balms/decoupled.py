@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .core import plain_tensor
 from .array_loader import ArrayDL, FeatureBank
-from .models import classifier_input, find_classifier
+from .models import check_classifier, classifier_input, find_classifier
 from .samplers import ClassSampler, CleansUp
 
 # %% ../nbs/11_decoupled.ipynb #fdd7fde9
@@ -65,7 +65,7 @@ class ClassifierOnly(CleansUp):
     def __init__(self,
         bn_drift:bool=False, # Let batch normalisation update its statistics, as the authors' code does
     ):
-        self.bn_drift, self.required_grad = bn_drift, {}
+        self.bn_drift, self.required_grad, self.checked = bn_drift, {}, False
 
     def before_fit(self):
         own = set(trained(find_classifier(self.model)))
@@ -76,11 +76,14 @@ class ClassifierOnly(CleansUp):
         if self.bn_drift: return
         self.model.eval()
         find_classifier(self.model).train()
+    def before_batch(self):
+        if not self.checked: check_classifier(self.model, *self.xb)
+        self.checked = True
     def after_fit(self): self.clean_up()
     def clean_up(self):
         "Let the rest be trained again, where it was before"
         for p, required in self.required_grad.items(): p.requires_grad_(required)
-        self.required_grad = {}
+        self.required_grad, self.checked = {}, False
 
 def classifier_optimizer(
     learn:Learner, # Its `opt_func`, `lr` and `wd_bn_bias` are used
@@ -90,6 +93,14 @@ def classifier_optimizer(
     opt = learn.opt_func([trained(head)], lr=learn.lr)
     if not learn.wd_bn_bias and head.bias is not None: opt.state[head.bias]['do_wd'] = False
     return opt
+
+# %% ../nbs/11_decoupled.ipynb #845fa1ac
+def _fit_alone(learn, head, views, bank, bn_drift, n_epoch, lr, cbs, kwargs):
+    "Train the classifier on images, or on a bank of features"
+    if views or bank: _fit_on_bank(learn, head, _banks(learn, head, views, bank), n_epoch, lr, cbs, kwargs)
+    else:
+        learn.opt = classifier_optimizer(learn, head)
+        learn.fit(n_epoch, lr, cbs=[ClassifierOnly(bn_drift), *L(cbs)], **kwargs)
 
 # %% ../nbs/11_decoupled.ipynb #03f7163b
 @patch
@@ -105,26 +116,27 @@ def fit_classifier(self:Learner,
     cbs=None, # Callbacks of this stage, such as `MetaSampler()`
     **kwargs # Of `Learner.fit`
 ) -> nn.Linear: # The classifier
-    "Train the last linear layer alone, on frozen features (stage 2 of Kang et al. 2020)"
+    "Train the last linear layer alone, on frozen features (Kang et al. 2020). After an error it is what it was before."
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('opt_func must be a function of parameters and lr, not an optimiser that was made already')
     if (views or bank) and bn_drift: raise ValueError('A bank of features is computed once: leave out it or bn_drift')
-    head = find_classifier(self.model)
-    if scales:
-        head = ScaledLinear(head)
-        self.model = replace_classifier(self.model, head)
-    elif reset: head.reset_parameters()
-    if loss_func is not None: self.loss_func = loss_func
+    head = old = find_classifier(self.model)
+    old_loss, old_state = self.loss_func, {name: t.clone() for name, t in old.state_dict().items()}
     try:
-        if views or bank: _fit_on_bank(self, head, _banks(self, head, views, bank), n_epoch, lr, cbs, kwargs)
-        else:
-            self.opt = classifier_optimizer(self, head)
-            self.fit(n_epoch, lr, cbs=[ClassifierOnly(bn_drift), *L(cbs)], **kwargs)
+        if scales:
+            head = ScaledLinear(old)
+            self.model = replace_classifier(self.model, head)
+        elif reset: head.reset_parameters()
+        if loss_func is not None: self.loss_func = loss_func
+        _fit_alone(self, head, views, bank, bn_drift, n_epoch, lr, cbs, kwargs)
+    except Exception:
+        old.load_state_dict(old_state)
+        self.loss_func, head = old_loss, old
+        raise
     finally:
         self.opt = None
-        if scales:
-            head = head.folded()
-            self.model = replace_classifier(self.model, head)
+        if isinstance(head, ScaledLinear): head = head.folded()
+        if scales: self.model = replace_classifier(self.model, head)
     return head
 
 # %% ../nbs/11_decoupled.ipynb #84462e95
@@ -150,10 +162,12 @@ def feature_bank(
     model.eval()
     for batch in _batches(dl, views):
         batch = [plain_tensor(x) if isinstance(x, torch.Tensor) else x for x in to_device(batch, device)]
+        if not features: check_classifier(model, *batch[:n_inp])
         features.append(plain_tensor(classifier_input(model, *batch[:n_inp])).float())
         targets.append(batch[n_inp])
     model.train(training)
-    vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None) or range(learn.dls.c)
+    vocab = getattr(learn.dls, 'vocab', None) or getattr(dl.dataset, 'vocab', None)
+    vocab = vocab or range(find_classifier(model).out_features)
     bank = FeatureBank(torch.cat(features), torch.cat(targets), [str(v) for v in vocab])
     bank.views = views
     return bank
@@ -181,14 +195,14 @@ def _bank_dls(learn, bank, valid):
     train = ArrayDL(bank, dl.bs, shuffle=True, sampler=sampler, n_batches=len(dl), seed=getattr(dl, 'seed', 0),
                     device=device)
     dls = DataLoaders(train, ArrayDL(valid, 1000, device=device), device=device)
-    dls.c = learn.dls.c
+    dls.c = bank.c
     return dls
 
 # %% ../nbs/11_decoupled.ipynb #70bd3283
 def _fit_on_bank(learn, head, banks, n_epoch, lr, cbs, kwargs):
     "Train the classifier on banks of features, with the settings of `learn`"
     dls, own = _bank_dls(learn, *banks), set(trained(head))
-    names = ('loss_func', 'opt_func', 'lr', 'wd', 'wd_bn_bias', 'moms', 'metrics')
+    names = ('loss_func', 'opt_func', 'lr', 'wd', 'wd_bn_bias', 'moms', 'metrics', 'path', 'model_dir')
     inner = Learner(dls, head, **{name: getattr(learn, name) for name in names})
     inner.logger, inner.create_mbar = learn.logger, learn.create_mbar
     if not hasattr(learn, 'progress'): inner.remove_cbs([cb for cb in inner.cbs if cb.name == 'progress'])

@@ -8,7 +8,7 @@ __all__ = ['balms_lvis', 'balms_lvis_score', 'balms_lvis_predict']
 # %% ../nbs/14ea_detection_cli.ipynb #5d0a0004
 import argparse, os, sys
 from pathlib import Path
-from .cli import exit_status
+from .cli import exit_status, usable_device
 from .detection_recipe import SEG_PRESETS, DetectionRecipe, unused_fields
 from .recipe import recipe_options
 
@@ -97,6 +97,7 @@ def _print_tables(args, recipes, rows, names):
     if len(names) <= 30: print('\n' + class_table(rows, names))
     print(f'\nAP by class: {file}    Rows and models: {args.out}')
 
+# %% ../nbs/14ea_detection_cli.ipynb #66036c74
 def balms_lvis(
     argv=None, # Arguments; default: those of the command line
 ):
@@ -107,13 +108,14 @@ def balms_lvis(
         from balms.annotations import read_annotations
         from balms.detection_runs import run_detection
         for name in args.method: DetectionRecipe('own', name, args.preset)    # raises before a large file is read
+        device = usable_device(args.device)
         how, folders = dict(orient=args.orient, boxes=args.boxes_only), _folders(args.images)
         train = read_annotations(args.train, folders, **how)
         valid = read_annotations(args.valid, _folders(args.valid_images or []) or folders, **how)
         recipes, rows, is_first = _detection_recipes(args, train), [], int(os.environ.get('RANK') or 0) == 0
         if is_first: print(train, valid, sep='\n')
         for i, r in enumerate(recipes, 1):
-            how = dict(out=args.out, device=args.device, workers=args.workers, results=args.results)
+            how = dict(out=args.out, device=device, workers=args.workers, results=args.results)
             row = run_detection(r, train, valid, progress=True, **how)
             rows.append(row)
             scores = ', '.join(f'{k} {row[k]:.1f}' for k in ('AP', 'APr', 'APb') if row[k] is not None)
@@ -147,7 +149,7 @@ def balms_lvis_score(
         if valid.c <= 30: print('\n'.join(f'{name:20} {shown(v):>5}' for name, v in zip(valid.names, per_class)))
 
 # %% ../nbs/14ea_detection_cli.ipynb #490ef7e3
-def _predict_parser():
+def _lvis_predict_parser():
     text = 'Find objects on photos with a trained detector of balms_lvis, and draw them.'
     p = argparse.ArgumentParser('balms_lvis_predict', description=text)
     p.add_argument('run', help='folder of a finished run')
@@ -162,10 +164,11 @@ def balms_lvis_predict(
     argv=None, # Arguments; default: those of the command line
 ):
     "Find objects on photos with a trained detector, and draw them. Exit status: 0 done, 2 bad input."
-    args = _predict_parser().parse_args(argv)
+    args = _lvis_predict_parser().parse_args(argv)
     with exit_status('balms_lvis_predict'):
         from balms.detection_results import predict_photos
-        found = predict_photos(args.run, args.photos, args.out, args.thresh, args.device, not args.no_draw)
+        device = usable_device(args.device)
+        found = predict_photos(args.run, args.photos, args.out, args.thresh, device, not args.no_draw)
         print(f'{len(found):,} objects: {Path(args.out)/"detections.json"}')
 
 # %% ../nbs/14ea_detection_cli.ipynb #2fc59d4a

@@ -84,9 +84,10 @@ def load_detection_run(
 
 # %% ../nbs/14e1_detection_results.ipynb #9a39465e
 def _draw(image, found, names, thresh, path):
-    "Save a picture of a photo, pixel for pixel, with what was found"
+    "Save a picture of a photo with what was found; a small photo is enlarged, so that names can be read"
     h, w = image.shape[1:]
-    fig = plt.figure(figsize=(w/100, h/100), dpi=100)
+    scale = math.ceil(480/min(h, w))
+    fig = plt.figure(figsize=(scale*w/100, scale*h/100), dpi=100)
     show_instances(image, found, names, ax=fig.add_axes((0, 0, 1, 1)), thresh=thresh)
     fig.savefig(path)
     plt.close(fig)

@@ -60,7 +60,8 @@ def difference_rows(
     tables = {}
     for (data, crc), of_data in _same_images(rows).items():
         methods = _by_label(of_data)
-        base = next((m for m in methods if m.startswith(method_title(baseline))), next(iter(methods)))
+        named = [m for m in methods if m.split(' (')[0] == method_title(baseline)]
+        base = min(named, key=len) if named else next(iter(methods))
         title = data if data not in tables else f'{data} {crc:08x}'
         tables[title] = [_cells(m, by_seed, methods[base], base, scores) for m, by_seed in methods.items()]
     return tables

@@ -51,7 +51,8 @@ def _load_lists(recipe, root, lists, pack, skip_missing):
     if unknown: raise ValueError(f"pack is a file, or a dict of 'train' and 'test', not of {unknown}")
     root = Path(root or (data_root()/name if name else recipe.data)).expanduser()
     lists = lists or (root if name else recipe.data)
-    sets = dict(zip(('train', 'test'), load_lists(root, lists, name, skip_missing=skip_missing)))
+    evaluated = recipe.eval_list or 'test'
+    sets = dict(zip(('train', 'test'), load_lists(root, lists, name, evaluated, skip_missing=skip_missing)))
     for split, file in packs.items():
         ds = sets[split]
         sets[split] = PackedDataset(file, ImageList(ds.source, ds.files, ds.targets.numpy(), ds.lines))

@@ -130,7 +130,8 @@ def load_lists(
     paths, root, sets, skipped = find_lists(root if lists is None else lists, name), Path(root).expanduser(), [], []
     for split in ('train', valid):
         if split not in paths:
-            raise FileNotFoundError(f'No list for {split} in {lists or root}; there is {", ".join(paths)}')
+            hint = '' if split == 'train' else '. Another is evaluated with valid=, in a recipe with eval_list'
+            raise FileNotFoundError(f'No list for {split} in {lists or root}; there is {", ".join(paths)}{hint}')
         images, left_out = read_list(paths[split], LIST_FACTS[name].classes if name else None), []
         if skip_missing: images, left_out = _drop_missing(images, root)
         sets.append(images); skipped.append(left_out)

@@ -8,7 +8,7 @@ __all__ = ['LIST_FACTS', 'SPLITS', 'ImageList', 'parse_list', 'summarize_problem
            'balms_check']
 
 # %% ../nbs/04c_lists.ipynb #c188ffa1
-import gzip, os, posixpath, re, sys, zlib
+import gzip, io, os, posixpath, re, sys, zlib
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -22,7 +22,10 @@ def _parse_line(line, num_classes=None):
     file, _, label = line.replace('\t', ' ').strip().rpartition(' ')
     file, k = file.rstrip(), num_classes or 10**6
     if not line.strip(): raise ValueError('an empty line')
-    if not file: raise ValueError(f'one word, {label[:80]!r}, where a path and a label should be')
+    if not file:
+        raise ValueError(f'one word, {label[:80]!r}, where a path and a label should be, with a space between them')
+    if file[-1] in ',;"\'' or file[0] in '"\'':
+        raise ValueError(f'the path {file[:80]!r}: write it without quotes, and only a space before the label')
     if not re.fullmatch('-?[0-9]{1,18}', label): raise ValueError(f'the label {label[:80]!r} is not a whole number')
     if not 0 <= int(label) < k: raise ValueError(f'the label {label} is out of range 0..{k - 1}')
     if '\\' in file or re.match('[A-Za-z]:', file):
@@ -50,6 +53,8 @@ def parse_list(
 ) -> tuple: # (`ImageList` of the lines that are right, list of what is wrong with the others)
     "Take the lines of a list apart."
     path, files, labels, lines, problems, seen = Path(path), [], [], [], [], {}
+    text = list(text)
+    while text and not text[-1].strip(): text.pop()                 # an empty last line is none
     for i, line in enumerate(text, 1):
         try: file, label = _parse_line(line, num_classes)
         except ValueError as e:
@@ -73,15 +78,26 @@ def summarize_problems(
     more = [f'... and {len(problems) - n:,} more'] if len(problems) > n else []
     return '\n'.join([*problems[:n], *more])
 
+def _read_text(path):
+    "The text of a file, plain or gzipped, in UTF-8, or UTF-16 as PowerShell writes it. Raises `ValueError` for others"
+    data = path.read_bytes()
+    try: data = gzip.decompress(data) if path.suffix == '.gz' else data
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e: raise ValueError(f'{path}: no gzip file: {e}') from None
+    is_utf16 = data[:2] in (b'\xff\xfe', b'\xfe\xff')
+    try: text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+    except UnicodeDecodeError as e:
+        line = data.count(b'\n', 0, e.start) + 1
+        raise ValueError(f'{path}:{line}: the byte {data[e.start]:#04x} is not UTF-8. Save the file as UTF-8; if it is '
+                         f'Latin-1, with iconv -f latin1 -t utf-8 {path.name}') from None
+    if text.lstrip()[:1] in ('{', '['):
+        raise ValueError(f'{path}:1: this is JSON; a list has one image a line, its path, a space and its label')
+    return io.StringIO(text, newline=None)
+
 def _parse_file(path, num_classes=None):
-    "`parse_list` of a file, plain or gzipped. Raises `FileNotFoundError`, and `ValueError` if it is not text."
-    is_gzip = path.suffix == '.gz'
-    try:
-        with (gzip.open if is_gzip else open)(path, 'rt', encoding='utf-8-sig') as f:
-            return parse_list(f, path, num_classes)
+    "`parse_list` of a file. Raises `FileNotFoundError`, and `ValueError` if it is not text"
+    try: text = _read_text(path)
     except FileNotFoundError: raise FileNotFoundError(f'No list file {path}') from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as e:
-        raise ValueError(f'{path} is not a text file{" in gzip format" if is_gzip else ""}: {e}') from None
+    return parse_list(text, path, num_classes)
 
 def read_list(
     path, # A list file, `.txt` or `.txt.gz`, one `path label` a line
@@ -125,7 +141,7 @@ def _against(facts, split, counts):
     have = dict(images=counts.sum(), largest=counts.max(), smallest=counts.min())
     images = getattr(facts, split)
     if split == 'train':
-        have['shots'] = count_shots(counts.clip(1))
+        have['shots'] = count_shots(counts)
         want = dict(images=images, largest=facts.largest, smallest=facts.smallest, shots=facts.shots)
     elif images is None: want = {}
     else: want = dict(images=images, largest=images//facts.classes, smallest=images//facts.classes)
@@ -303,28 +319,16 @@ def check_lists(
     return ListReport(name or 'own lists', report, problems)
 
 # %% ../nbs/04c_lists.ipynb #a8d53971
-def _check_photo_folder(folder, csv):
-    "Print what a folder of photos holds, and give back the exit status"
-    from fastprogress.fastprogress import progress_bar
-    from balms.photos import check_photos                        # which builds on this module
-    def bar(photos, total): return progress_bar(photos, total=total)
-    text, ok = check_photos(folder, csv, progress=bar if sys.stderr.isatty() else None)
-    print(text)
-    return 0 if ok else 1
-
-# %% ../nbs/04c_lists.ipynb #df5e00b5
 @call_parse
 def balms_check(
-    name:str, # A folder of photos; or a published data set, imagenet_lt, places_lt or inaturalist18; or own, for lists
+    name:str, # A published data set, imagenet_lt, places_lt or inaturalist18, whose counts are compared; or own
     root:str=None, # Folder of the images; without it, only the lists are checked
     lists:str=None, # Folder of *_train.txt, *_val.txt, *_test.txt, or .txt.gz; default: the root
     decode:bool=True, # Decode every image; with --no-decode, only look whether it is there
     workers:int=None, # Threads that decode; default: one a CPU
-    csv:str=None, # Of a folder of photos: a table of files and labels
 ) -> int: # Exit status
-    "Check photos, or list files and their images, before training. Exit status 1 if anything is wrong."
+    "Check list files (a path and a label a line) and images before training. Exit status 1 if anything is wrong."
     try:
-        if name not in ('own', *LIST_FACTS) and Path(name).expanduser().is_dir(): return _check_photo_folder(name, csv)
         published = None if name == 'own' else name
         report = check_lists(published, root, lists, decode, workers, sys.stderr.isatty())
     except (OSError, ValueError) as e:

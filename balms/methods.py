@@ -14,6 +14,7 @@ from .baselines import (
 from .core import BalancedSoftmax, adjust_logits
 from .decoupled import nearest_class_mean, tau_normalize
 from .meta import MetaReweighter, MetaSampler
+from .sample_weights import LearnToReweight, MetaWeightNet
 from .sigmoid import BalancedSigmoid
 from .sigmoid_baselines import ClassBalancedLoss, SigmoidEqualization, SigmoidFocalLoss
 
@@ -25,7 +26,7 @@ class Method:
     loss: object = None # Class counts -> loss module; None: nothing is trained, the model of `stage1` is evaluated
     stage1: str = None # The method whose trained model it starts from: only the classifier is trained again
     power: float = 1. # Classes are drawn at rates n_c^power: 1 instance-balanced, 0 class-balanced
-    meta: type = None # `MetaSampler` or `MetaReweighter`
+    meta: type = None # `MetaSampler` or another `MetaCallback`
     scales: bool = False # Stage 2 trains one scale a class in place of the weights (LWS)
     head: type = None # Class of the network's classifier, of (features, k); default: as the network has it
     cbs: object = None # Class counts -> further callbacks of training
@@ -67,6 +68,8 @@ METHODS = dict(
     ldam_drw         = Method('LDAM Loss + DRW', LDAM, head=CosineLinear,
                               cbs=lambda counts: [DeferredReweighting(counts)]),
     eql              = Method('Equalization Loss', SoftmaxEqualization),
+    l2rw             = Method('L2RW', _softmax_loss, meta=LearnToReweight),
+    mwn              = Method('Meta-Weight-Net', _softmax_loss, meta=MetaWeightNet),
     sigmoid          = Method('Sigmoid', partial(SigmoidFocalLoss, gamma=0., alpha=None)),
     eql_sigmoid      = Method('Equalization Loss, sigmoid', SigmoidEqualization),
     bs_sigmoid       = Method('Balanced Softmax, sigmoid', BalancedSigmoid),

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 from fastai.learner import Metric
 from fastai.metrics import AccumMetric
-from .core import class_counts, class_indices, plain_tensor, positive_vector
+from .core import as_tensor, by_class, class_counts, class_indices, plain_tensor, positive_vector
 
 # %% ../nbs/03_metrics.ipynb #2abac065
 def predicted_labels(
@@ -195,7 +195,7 @@ def plot_curves(
     ylabel:str, # Beside it
 ):
     "One line a method over the classes, sorted from common to rare"
-    order = positive_vector(counts, zeros=True).argsort(descending=True, stable=True)
+    order = as_tensor(by_class(counts)).cpu().argsort(descending=True, stable=True)
     ax = styled_axis(ax, title, xlabel='class, from common to rare', ylabel=ylabel)
     for i, (name, v) in enumerate(curves.items()):
         v = torch.as_tensor(v).cpu()[order]

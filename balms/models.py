@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'BasicBlock', 'Body', 'with_classifier', 'resnet_cifar', 'small_cnn', 'body_fc', 'find_classifier',
-           'classifier_input', 'split_classifier', 'resnet10', 'model_source', 'get_model']
+           'classifier_input', 'check_classifier', 'split_classifier', 'resnet10', 'model_source', 'get_model']
 
 # %% ../nbs/06_models.ipynb #bbc53dde
 import difflib
@@ -103,9 +103,12 @@ def body_fc(model) -> list: # [parameters of the body, parameters of the classif
 def find_classifier(
     model:nn.Module, # Any network, also wrapped in `DistributedDataParallel`
 ) -> nn.Linear: # Its weight is (k, features)
-    "The last linear layer of `model`, in the order of its modules. Raises `ValueError` if it has none."
+    "The last linear layer of `model`, in the order of its modules. Raises `ValueError` if it has none to train."
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not layers: raise ValueError(f'{type(model).__name__} has no linear layer to be its classifier')
+    if 'weight' not in dict(layers[-1].named_parameters(recurse=False)):
+        raise ValueError(f'The weight of the last linear layer of {type(model).__name__} is computed, as by '
+                         'weight_norm: call torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") first')
     return layers[-1]
 
 # %% ../nbs/06_models.ipynb #8f15b80e
@@ -123,6 +126,26 @@ def classifier_input(
     except _Reached as reached: return reached.args[0]
     finally: handle.remove()
     raise ValueError(f'The forward pass of {type(model).__name__} does not use its last linear layer')
+
+# %% ../nbs/06_models.ipynb #4dfaf645
+def check_classifier(
+    model:nn.Module, # Any network
+    *xb, # A batch of its inputs
+) -> nn.Linear: # Its classifier, see `find_classifier`
+    "The classifier of `model`, after a look at a batch. Raises `ValueError` if the output is not that of this layer."
+    head, outputs, training = find_classifier(model), [], {m: m.training for m in model.modules()}
+    handle = head.register_forward_hook(lambda *args: outputs.append(args[2]))
+    model.eval()
+    try:
+        with torch.no_grad(): pred = model(*xb)
+    finally:
+        handle.remove()
+        for m, mode in training.items(): m.training = mode
+    own = outputs[0] if len(outputs) == 1 else None
+    if own is not None and (own is pred or isinstance(pred, torch.Tensor) and torch.equal(own, pred)): return head
+    name = next(name for name, m in model.named_modules() if m is head)
+    raise ValueError(f'The output of {type(model).__name__} is not that of its last linear layer, {name or "itself"}, '
+                     'so this is not its classifier: nothing was changed')
 
 # %% ../nbs/06_models.ipynb #8e17e456
 def split_classifier(

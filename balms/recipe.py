@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGE2_FIELDS', 'RATE_FIELDS', 'PRESETS', 'IMBALANCE', 'AUGMENTS', 'LIST_AUGMENTS', 'LIST_PRESETS', 'LIST_SETS',
-           'RANGES', 'METHOD_GROUPS', 'in_lists', 'weights_identity', 'BaseRecipe', 'Recipe', 'recipe_options']
+           'EVAL_LISTS', 'RANGES', 'METHOD_GROUPS', 'in_lists', 'weights_identity', 'BaseRecipe', 'Recipe',
+           'recipe_options']
 
 # %% ../nbs/12a_recipe.ipynb #0c990a6a
 import json, math, os, zlib
@@ -24,8 +25,9 @@ _cifar = dict(model='resnet32', iters=13000, bs=512, augment='autoaugment_cutout
 PRESETS = dict(
     paper=_cifar,
     code=_cifar | dict(nesterov=False, iters=12400, bn_drift=True, meta_beta2=.999),
-    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', views=8))
-_digits = PRESETS['small'] | dict(model='small_cnn', iters=600, bs=64, augment='shift', threads=1)
+    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
+_digits = PRESETS['small'] | dict(
+    model='small_cnn', iters=600, bs=64, augment='shift', iters2=2000, views=8, threads=1)
 
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # the defaults
 
@@ -55,6 +57,7 @@ LIST_PRESETS = { # (data, preset): settings; `code, learned`: for methods with l
     ('inaturalist18', 'paper'): _inaturalist,
     ('inaturalist18', 'code'): _inaturalist | _released | dict(init_pow=.1)}
 LIST_SETS = 'imagenet_lt', 'places_lt', 'inaturalist18'
+EVAL_LISTS = dict(inaturalist18='val')                                       # where it is not the test list
 _list_small = _photographs | dict(size=64, bs=32, iters=40, lr=.1, warmup=10, warmup_lr=.01, threads=1, iters2=20)
 
 # %% ../nbs/12a_recipe.ipynb #e5e19b80
@@ -74,11 +77,11 @@ def _list_preset(data, preset, learned):
 def in_lists(
     data, # As in a `Recipe`
 ) -> bool:
-    "Whether a data set is one of images in lists: a published one, or a folder with `*_train.txt` and `*_test.txt`"
+    "Whether a data set is one of images in lists: a published one, or a folder with `*_train.txt` and another list"
     if str(data) in LIST_SETS: return True
     if str(data) in IMBALANCE or not Path(data).expanduser().is_dir(): return False
     from balms.lists import find_lists
-    try: return {'train', 'test'} <= set(find_lists(data))
+    try: return 'train' in (splits := find_lists(data)) and len(splits) > 1
     except (OSError, ValueError): return False
 
 # %% ../nbs/12a_recipe.ipynb #f106a62d
@@ -176,11 +179,13 @@ class Recipe(BaseRecipe):
     weights: str = None # What stage 1 starts from: published weights such as DEFAULT, or a file [random numbers]
     bs2: int = None # Stage 2: images a step [bs]
     meta_bs: int = None # Images of a meta batch [those of a step]
+    eval_list: str = None # For lists: the one that is evaluated, test or val [test; inaturalist18, which has none: val]
 
     def __post_init__(self):
         object.__setattr__(self, 'data', str(self.data))
         published = self.data in (*LIST_SETS, 'cifar10', 'cifar100')
         self.fill(preset='paper' if published else 'small', imbalance=IMBALANCE.get(self.data))
+        self.fill(eval_list=EVAL_LISTS.get(self.data))
         self.require('method', self.methods)
         self.require('preset', PRESETS)
         if self.views: self.fill(bn_drift=False)
@@ -224,6 +229,8 @@ def check(self:Recipe):
         (self.size and self.data in IMBALANCE, f'size is for folders of images; {self.data} has its own'),
         (lists and self.imbalance is not None, f'Lists have a tail of their own: {self.data} takes no imbalance'),
         (lists and self.views, 'views, a bank of features, is for images in memory: leave it out for lists'),
+        (self.eval_list and not lists, f'eval_list is for images in lists, which {self.data} is not'),
+        (self.eval_list not in (None, 'test', 'val'), f'eval_list is test or val, not {self.eval_list!r}'),
         (unknown_length, f'{self.data}, preset {self.preset}: give {" and ".join(unknown_length)}, the training steps; '
             'no source says how many are right for lists of your own')):
         if wrong: raise ValueError(why)
@@ -241,8 +248,7 @@ def defaults(self:Recipe) -> dict:
     "What the preset says for this data set and method"
     method = self.methods[self.method]
     if self.data == 'digits': preset = _digits
-    elif in_lists(self.data): preset = _list_preset(self.data, self.preset, method.meta)
-    else: preset = PRESETS[self.preset]
+    else: preset = _list_preset(self.data, self.preset, method.meta) if in_lists(self.data) else PRESETS[self.preset]
     unused = () if method.two_stages else STAGE2_FIELDS
     if not (method.two_stages and method.meta): unused += RATE_FIELDS
     return {k: v for k, v in preset.items() if k not in unused}
@@ -250,7 +256,8 @@ def defaults(self:Recipe) -> dict:
 @patch(as_prop=True)
 def usual(self:Recipe) -> dict:
     "The values of a recipe that changes nothing of its preset"
-    return dict(split_seed=0, threads=None, size=None, weights=None) | self.defaults
+    others = dict(split_seed=0, threads=None, size=None, weights=None, eval_list=EVAL_LISTS.get(self.data))
+    return others | self.defaults
 
 @patch(as_prop=True)
 def label(self:Recipe) -> str:
@@ -283,6 +290,8 @@ METHOD_GROUPS = {
         ldam='label-distribution-aware margins (Cao et al. 2019)',
         ldam_drw='the same, weights by effective number from 80 % of training on',
         eql='softmax equalization loss (Tan et al. 2020)',
+        l2rw='weights by agreement with a balanced meta batch (M. Ren et al. 2018)',
+        mwn='weights by loss, learned against a balanced meta batch (Shu et al. 2019)',
         sigmoid='one sigmoid a class',
         eql_sigmoid='equalization loss on sigmoids (Tan et al. 2020)',
         bs_sigmoid='Balanced Softmax on sigmoids (supplement A.2)',

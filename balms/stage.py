@@ -183,7 +183,7 @@ def fit_stage(
             stopped = Interrupted(f'Stopped after step {ckpt.step} of {iters}. The same command goes on from there')
             if ckpt.stopped: raise stopped
             finish()
-            rates = next((cb.psi.r.tolist() for cb in cbs if hasattr(type(cb), 'load_state_dict')), None)
+            rates = next((cb.psi.r.tolist() for cb in cbs if getattr(cb, 'learns_rates', hasattr(cb, 'psi'))), None)
             _check_finite(model, rates, max(lr_at(0), lr_at(iters//2)))
             saved = dict(metadata or {}, run_id=run_id, seconds=ckpt.seconds, environments=ckpt.environments, r=rates)
             ranks.first(lambda: _keep_model(file, model, saved))

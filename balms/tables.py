@@ -45,10 +45,10 @@ PAPER = { # {(data, imbalance): {method: (mean, standard error)}}
 _TABLE_7 = { # As their authors report them, by `_COLUMNS`
     'focal':           (65.29, 70.38, 86.66, 35.62, 38.41, 55.78),
     'class_balanced':  (68.89, 74.57, 87.49, 36.23, 39.60, 57.99),
-    'L2RW':            (66.51, 74.16, 85.19, 33.38, 40.23, 53.73),
+    'l2rw':            (66.51, 74.16, 85.19, 33.38, 40.23, 53.73),
     'ldam':            (math.nan, 73.35, 86.96, math.nan, 39.6, 56.91),
     'ldam_drw':        (math.nan, 77.03, 88.16, math.nan, 42.04, 58.71),
-    'Meta-Weight-Net': (68.89, 75.21, 87.84, 37.91, 42.09, 58.46),
+    'mwn':             (68.89, 75.21, 87.84, 37.91, 42.09, 58.46),
     'eql':             (math.nan, math.nan, math.nan, 43.38, math.nan, math.nan),
     'balms':           _TABLES_2_5['balms'][::2],                           # beside them: its numbers of Table 2
 }

@@ -6,8 +6,9 @@
 __all__ = ['class_shares', 'GaussianClasses', 'change_prior', 'minimise', 'fit_linear', 'loss_error', 'class_margins', 'margin_bound', 'optimal_margins']
 
 # %% ../nbs/01_label_shift.ipynb #d084b266
-import math, torch, torch.nn.functional as F
+import math, scipy.optimize, torch, torch.nn.functional as F
 from torch import nn, Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .core import positive_vector
 
 # %% ../nbs/01_label_shift.ipynb #bbfe93f7
@@ -74,20 +75,17 @@ def minimise(
     weight_decay:float=0., # Adds weight_decay/2 times the squared norm of the parameters
     max_iter:int=10000, # Most steps
 ) -> float: # The largest entry of the gradient at the end
-    "Full-batch L-BFGS on the parameters of `net`"
-    options = dict(tolerance_grad=1e-10, tolerance_change=1e-14, history_size=20, line_search_fn='strong_wolfe')
-    def closure():
-        net.zero_grad()
-        total = total_loss() + weight_decay/2*sum(p.square().sum() for p in net.parameters())
-        total.backward()
-        return total
-    for _ in range(10):                              # a line search that rounding has stopped begins again
-        opt = torch.optim.LBFGS(net.parameters(), max_iter=max_iter, **options)
-        opt.step(closure); closure()
-        worst = max(p.grad.abs().max().item() for p in net.parameters())
-        max_iter -= opt.state[opt._params[0]]['n_iter']
-        if worst < 1e-5 or max_iter < 1: break
-    return worst
+    "Full-batch L-BFGS on the parameters of `net`, by scipy"
+    params = list(net.parameters())
+    def loss_and_gradient(values):
+        vector_to_parameters(torch.as_tensor(values), params)
+        total = total_loss() + weight_decay/2*sum(p.square().sum() for p in params)
+        return total.item(), parameters_to_vector(torch.autograd.grad(total, params)).numpy()
+    options = dict(maxcor=100, ftol=0, gtol=1e-10, maxiter=max_iter, maxfun=2*max_iter)
+    start = parameters_to_vector(params).detach().numpy()
+    found = scipy.optimize.minimize(loss_and_gradient, start, jac=True, method='L-BFGS-B', options=options)
+    vector_to_parameters(torch.as_tensor(found.x), params)
+    return abs(found.jac).max()
 
 # %% ../nbs/01_label_shift.ipynb #11a6db25
 def fit_linear(

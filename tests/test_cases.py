@@ -1,9 +1,14 @@
 """What people's own data and loops broke elsewhere, tried on this package: the case, the public thread where it was
 reported, what was done before (in the docstring), and what has to be done (in the test). Nothing is downloaded."""
+import gzip
 from collections import Counter
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.data.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, MultiCategoryBlock, TfmdDL,
                              TransformBlock)
 from fastai.learner import Learner
@@ -16,8 +21,13 @@ from torch.utils.data import (ConcatDataset, DataLoader, Dataset, RandomSampler,
 from balms.after_training import estimate_prior, fit_temperature
 from balms.baselines import FocalLoss, LDAM
 from balms.core import BalancedSigmoid, BalancedSoftmax, adjust_logits, balanced_softmax_loss, class_counts, log_prior
+from balms.decoupled import ScaledLinear, feature_bank, nearest_class_mean, tau_normalize
+from balms.meta import MetaSampler
 from balms.metrics import (ECE, ece, marginal_likelihood, mean_class_accuracy, per_class_accuracy, plot_marginal,
                            reliability, shot_accuracy, shot_masks, shot_metrics)
+from balms.lists import read_list, sample_tree
+from balms.models import check_classifier, find_classifier
+from balms.samplers import sampling_rates
 from balms.sigmoid import log_odds_prior
 from balms.sigmoid_baselines import SigmoidFocalLoss
 
@@ -118,6 +128,7 @@ def test_counts_with_their_classes(counts):
     assert torch.equal(log_odds_prior(counts), log_odds_prior(want))
     assert torch.equal(BalancedSoftmax(want, target_prior=counts).shift, torch.zeros(3))
     assert BalancedSoftmax([1, 1, 1], weight=counts).weight.tolist() == want
+    assert torch.equal(sampling_rates(counts), sampling_rates(want))
     assert torch.equal(shot_masks(counts)['few'], shot_masks(want)['few'])
     y = torch.arange(3).repeat_interleave(20)
     assert shot_accuracy(torch.eye(3)[y], y, counts)['overall'] == 1.
@@ -356,3 +367,167 @@ def test_a_detector_of_one_class():
     loss = BalancedSigmoid([3], total=40, reduction='none')
     heads = SimpleNamespace(loss_func=loss, box_predictor=SimpleNamespace(background=False), row_weights=None)
     assert torch.equal(LossHeads.class_loss(heads, logits, labels), loss(logits, labels.float()[:, None]).mean())
+
+
+# the classifier
+
+class Gated(nn.Module):
+    "A squeeze-and-excite gate of linear layers, and a convolution as classifier"
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.gate = nn.Conv2d(4, 3, 1), nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 4))
+    def forward(self, x): return self.classifier((x*self.gate(x).sigmoid())[..., None, None])[..., 0, 0]
+
+class Adapter(nn.Module):
+    "A linear layer with one of low rank beside it"
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = base, nn.Linear(4, 1, False), nn.Linear(1, 3, False)
+    def forward(self, x): return self.base(x) + self.lora_B(self.lora_A(x))
+
+def with_softmax(): return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Softmax(1))
+def two_heads():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        def forward(self, x): return self.a(x) + self.b(x)
+    return Net()
+
+
+def weights_of(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+def is_as_before(learn, weights): return all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
+def stage1(model):
+    "A learner with a trained network"
+    torch.manual_seed(0)
+    learn = tiny_learner(3, accuracy)
+    learn.model, learn.lr = model, .05
+    learn.fit(1)
+    return learn
+
+
+@pytest.mark.parametrize('make', [Gated, lambda: nn.Sequential(nn.BatchNorm1d(4), Adapter(nn.Linear(4, 3))),
+                                  with_softmax, two_heads])
+@pytest.mark.parametrize('kwargs', [dict(), dict(scales=True), dict(views=1), dict(bn_drift=True)], ids=str)
+def test_the_last_linear_layer_is_not_the_classifier(make, kwargs):
+    "deit#82, setfit#271, peft#310: a gate, or an adapter, was started again and trained in place of the classifier"
+    learn = stage1(make())
+    weights, loss = weights_of(learn), learn.loss_func
+    with pytest.raises(ValueError, match='not that of its last linear layer'):
+        learn.fit_classifier(1, loss_func=BalancedSoftmax([1, 2, 3]), **kwargs)
+    assert is_as_before(learn, weights) and learn.loss_func is loss
+    assert not any(type(m) is ScaledLinear for m in learn.model.modules())
+    for change in (nearest_class_mean, feature_bank):
+        with pytest.raises(ValueError, match='not that of its last linear layer'): change(learn)
+    assert is_as_before(learn, weights) and all(p.requires_grad for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize('weight_norm', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+                                         nn.utils.weight_norm])
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
+def test_a_weight_that_is_computed(weight_norm):
+    "With weight_norm the `new` classifier kept its weights, and tau_normalize changed nothing"
+    learn = stage1(nn.Sequential(nn.BatchNorm1d(4), weight_norm(nn.Linear(4, 3))))
+    weights = weights_of(learn)
+    for change in (lambda: learn.fit_classifier(1), lambda: nearest_class_mean(learn),
+                   lambda: tau_normalize(find_classifier(learn.model))):
+        with pytest.raises(ValueError, match='weight_norm'): change()
+    assert is_as_before(learn, weights)
+
+
+def test_the_look_at_the_classifier_changes_nothing():
+    "Modes of single layers, numbers of dropout, statistics"
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)).train()
+    net[0].eval()
+    before, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    assert check_classifier(net, torch.randn(5, 4, generator=torch.Generator())) is net[2]
+    assert [m.training for m in net] == [False, True, True] and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and not net[2]._forward_hooks
+
+
+@pytest.mark.parametrize('cbs', [lambda: [MetaSampler(), GradientAccumulation(128)], lambda: [MetaSampler(), MixUp()],
+                                 lambda: [MetaSampler(), MetaSampler()]])
+@pytest.mark.parametrize('kwargs', [dict(), dict(scales=True), dict(views=1), dict(reset=False)], ids=str)
+def test_a_refused_second_stage_leaves_the_first(cbs, kwargs):
+    "Accuracy fell from .810 to .130, and after MixUp's refusal the learner could not even validate"
+    learn = stage1(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    weights, scores, loss, dl = weights_of(learn), learn.validate(), learn.loss_func, learn.dls.train
+    with pytest.raises(ValueError, match='MetaSampler'):
+        learn.fit_classifier(1, loss_func=BalancedSoftmax([1, 2, 3]), cbs=cbs(), **kwargs)
+    assert is_as_before(learn, weights) and learn.validate() == scores
+    assert learn.loss_func is loss and learn.dls.train is dl and learn.opt is None
+    assert all(p.requires_grad for p in learn.model.parameters()) and type(learn.model[1]) is nn.Linear
+
+
+def test_an_interrupted_second_stage_keeps_what_it_has():
+    "Ctrl-C is no error: what was learned until then stays, and its scales are folded"
+    from fastai.callback.core import Callback
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training: raise KeyboardInterrupt
+    learn = stage1(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    weights = weights_of(learn)
+    with pytest.raises(KeyboardInterrupt): learn.fit_classifier(1, scales=True, cbs=Stop())
+    assert type(learn.model[1]) is nn.Linear and not is_as_before(learn, weights)
+
+
+def test_files_of_a_bank_are_where_those_of_the_learner_are(tmp_path, monkeypatch):
+    "fastai#2043: with views=1 SaveModelCallback and CSVLogger wrote into the working directory"
+    elsewhere = tmp_path/'elsewhere'
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    learn = stage1(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    learn.path, learn.model_dir = tmp_path/'mine', 'models'
+    learn.path.mkdir()
+    learn.fit_classifier(1, views=1, cbs=[SaveModelCallback(), CSVLogger()])
+    assert not list(elsewhere.iterdir())
+    assert {str(f.relative_to(learn.path)) for f in learn.path.rglob('*.*')} == {'models/model.pth', 'history.csv'}
+
+
+# lists
+
+LINES = 'a/1.jpg 0\nb/ü.jpg 1\n'
+
+
+@pytest.mark.parametrize('data', [
+    LINES.encode('utf-16'), LINES.encode('utf-8-sig'), (LINES + '\n  \n').encode(),
+    LINES.replace('\n', '\r\n').encode(), LINES.rstrip().encode(), (LINES + '\n').encode('utf-16')], ids=range(6))
+@pytest.mark.parametrize('pack,name', [(bytes, 'l.txt'), (gzip.compress, 'l.txt.gz')], ids=['plain', 'gzip'])
+def test_lists_as_people_write_them(tmp_path, data, pack, name):
+    "tensorflow/models#261, LightCNN#5: UTF-16, as PowerShell writes, was `not a text file`; a blank last line an error"
+    (tmp_path/name).write_bytes(pack(data))
+    images = read_list(tmp_path/name)
+    assert (images.files, images.targets.tolist(), images.lines) == (['a/1.jpg', 'b/ü.jpg'], [0, 1], [1, 2])
+
+
+@pytest.mark.parametrize('data,where,what', [
+    (LINES.encode('latin-1'), ':2', 'UTF-8'), (b'a.jpg 0\nb.jpg, 1\n', ':2', 'only a space before the label'),
+    (b'a.jpg 0\nb.jpg,1\n', ':2', 'with a space'), (b'"a b.jpg" 0\n', ':1', 'without quotes'),
+    (b'a.jpg 0\n\nb.jpg 1\n', ':2', 'empty line'), (b'\n\n', '', 'the list is empty'),
+    (b'{"images": []}', ':1', 'JSON'), (b'\n[{"file_name": "a.jpg"}]', ':1', 'JSON')])
+@pytest.mark.parametrize('pack,suffix', [(bytes, ''), (gzip.compress, '.gz')], ids=['plain', 'gzip'])
+def test_lists_that_are_none(tmp_path, data, where, what, pack, suffix):
+    "caffe#1951: latin-1 had no line, `a.jpg, 0` was a missing file `a.jpg,`, .json.gz `one word, '{'`"
+    path = tmp_path/f'list{suffix}'
+    path.write_bytes(pack(data))
+    with pytest.raises(ValueError, match=what) as e: read_list(path)
+    assert f'{path}{where}: ' in str(e.value)
+
+
+def test_training_and_validation_lists_without_a_test_list(tmp_path):
+    "BagofTricks-LT#13, SADE#7: the published lists of iNaturalist 2018, train and val, could not start; nor own ones"
+    from balms.learner import load_images
+    from balms.recipe import Recipe
+    from balms.runs import run
+    root = sample_tree(tmp_path/'photos', n_max=16, imbalance=4)
+    recipe = partial(Recipe, data=str(root), method='bs', iters=2, bs=8, size=16)
+    assert len(load_images(recipe())[1]) == 200 and len(load_images(recipe(eval_list='val'))[1]) == 50
+    (root/'digits_test.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='eval_list'): load_images(recipe())
+    row = run(recipe(eval_list='val'), tmp_path/'runs', workers=0)
+    assert row['recipe']['eval_list'] == row['changed']['eval_list'] == 'val'
+    assert recipe().key != recipe(eval_list='val').key and 'eval_list' not in recipe().identity
+    inat = Recipe('inaturalist18')
+    assert inat.eval_list == 'val' and not inat.changed
+    with pytest.raises(ValueError, match='eval_list'): recipe(eval_list='train')
+    with pytest.raises(ValueError, match='eval_list'): Recipe('digits', eval_list='val')

@@ -1,6 +1,7 @@
-"""What people's own boxes and masks broke: each test is a case from a public thread, named by repository and number.
+"""What people's own boxes and masks broke, from public threads.
 
-A docstring says what happened before; the test, what is right."""
+A heading names the threads of its cases by repository and number, a docstring those of its own; it says what happened
+before, and the test what is right. "Of the same kind" was in no thread."""
 import json, os, shutil, subprocess, sys, unicodedata
 import numpy as np, pytest, torch
 from PIL import Image
@@ -53,19 +54,20 @@ def each_box(form):
 CORNERS, TURNED = (lambda x, y, w, h: [x, y, x + w, y + h]), (lambda x, y, w, h: [y, x, h, w])
 
 
-# Photos
+# Photos: PyTorch-YOLOv3#488, maskrcnn-benchmark#73, fastai#2270, timm#334, detectron2#788 and #863,
+# label-studio#7294, cvat#9300
 
 def test_photos_of_two_splits_with_the_same_names(scenes, tmp_path):
-    """PyTorch-YOLOv3#488, maskrcnn-benchmark#73. Before: `--images train val` took the validation photos from train/, and
-    the check called it right. Now that is an error, and each split has its own folder."""
+    """PyTorch-YOLOv3#488, maskrcnn-benchmark#73. Before: `--images train val` took the validation photos from train/,
+    and the check called it right. Now that is an error, and each split has its own folder."""
     train, valid = (changed(scenes, tmp_path, bare_names, split) for split in ('train', 'val'))
     both = [scenes/'train', scenes/'val']
     with pytest.raises(ValueError, match='0000.png'): read_annotations(valid, both)
     assert not check_annotations(valid, both).ok
     right = read_annotations(valid, scenes/'val')
     assert all(f'{os.sep}val{os.sep}' in file for file in right.files)
-    row = run_detection(DetectionRecipe('x', 'softmax', **FAST), train, valid, scenes/'train', tmp_path/'runs', device='cpu',
-                        valid_images=scenes/'val')
+    recipe = DetectionRecipe('x', 'softmax', **FAST)
+    row = run_detection(recipe, train, valid, scenes/'train', tmp_path/'runs', 'cpu', valid_images=scenes/'val')
     assert row['valid'] == 'val.json'
 
 
@@ -79,10 +81,11 @@ def test_the_address_says_which_of_two(scenes, tmp_path):
 
 
 def test_a_photo_in_training_and_validation_is_said(scenes, tmp_path):
-    "myvision#17. Before: nothing was said of photos in both sets"
+    "Before: nothing was said of photos in both sets"
     valid = write(tmp_path, 'v.json', content_of(scenes))
     with pytest.warns(UserWarning, match='both in training'):
-        run_detection(DetectionRecipe('x', 'softmax', **FAST), scenes/'digits_train.json', valid, scenes, tmp_path, 'cpu')
+        recipe = DetectionRecipe('x', 'softmax', **FAST)
+        run_detection(recipe, scenes/'digits_train.json', valid, scenes, tmp_path, 'cpu')
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -93,7 +96,8 @@ def test_sizes_are_compared_before_training(scenes, tmp_path, split, monkeypatch
     last = sorted((root/split).glob('*.png'))[-1]
     Image.open(last).resize((96, 90)).save(last)
     with pytest.raises(ValueError, match=rf'digits_{split}.json(.*\n)*.*{last.name} is 96 x 90, not 96 x 96'):
-        run_detection(DetectionRecipe('x', 'bs', **FAST), root/'digits_train.json', root/'digits_val.json', root, tmp_path, 'cpu')
+        files = root/'digits_train.json', root/'digits_val.json', root
+        run_detection(DetectionRecipe('x', 'bs', **FAST), *files, tmp_path, 'cpu')
 
 
 def one_photo(folder, name='a.jpg', size=(60, 40), tag=None, annotated=None, **image):
@@ -102,13 +106,14 @@ def one_photo(folder, name='a.jpg', size=(60, 40), tag=None, annotated=None, **i
     if tag: exif[0x0112] = tag
     folder.mkdir(parents=True, exist_ok=True)
     Image.new('RGB', size).save(folder/name, exif=exif)
-    own = dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 20, 30], area=600, segmentation=[[1, 1, 21, 1, 21, 31, 1, 31]])
+    outline = [[1, 1, 21, 1, 21, 31, 1, 31]]
+    own = dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 20, 30], area=600, segmentation=outline)
     images = [dict(dict(id=1, file_name=name, width=w, height=h), **image)]
     return write(folder, 'a.json', dict(images=images, annotations=[own], categories=[dict(id=1, name='x')]))
 
 
 def test_photos_that_were_annotated_upright(tmp_path):
-    "fastai#2270, detectron2#788. Before: refused by size, without the word orientation, and no option obeyed the tag"
+    "detectron2#788 and #863. Before: refused by size, without the word orientation, and no option obeyed the tag"
     path = one_photo(tmp_path, tag=6, annotated=(40, 60))
     report = check_annotations(path, tmp_path)
     assert not report.ok and '--orient' in report.problems[0]
@@ -118,30 +123,33 @@ def test_photos_that_were_annotated_upright(tmp_path):
 
 
 def test_tags_that_leave_the_size_are_counted(tmp_path):
-    "timm#334, of the same kind: a photo stored upside down has the same size either way, so the check says that it is there"
+    "Of the same kind: a photo stored upside down has the same size either way, so the check says that it is there"
     report = check_annotations(one_photo(tmp_path, tag=3), tmp_path)
     assert report.ok and 'a.jpg' in next(line for line in report.lines if 'orientation' in line)
 
 
-@pytest.mark.parametrize('name', ['./train/0001.png', 'train\\0001.png', 'C:\\set\\train\\0001.png', '/home/me/train/0001.png'])
+@pytest.mark.parametrize('name', ['./train/0001.png', 'train\\0001.png', 'C:\\set\\train\\0001.png',
+                                  '..\\..\\media\\train\\0001.png', '/home/me/train/0001.png'])
 def test_paths_as_tools_write_them(scenes, tmp_path, name):
-    "label-studio#7294, cvat#9300. Before: `./train/x.jpg` was ambiguous with val/x.jpg, and backslashes were not found"
+    "label-studio#7294, and others. Before: `./train/x.jpg` was ambiguous with val/x.jpg, backslashes were not found"
     def change(content): content['images'][1]['file_name'] = name
     anns = read_annotations(changed(scenes, tmp_path, change), scenes)
     assert anns.files[1] == str(scenes/'train/0001.png')
 
 
 def test_folders_that_are_links(scenes, tmp_path):
-    "detectron2#863. Before: below `--images` links to folders were not searched, so all photos were missing"
+    "Before: below `--images` links to folders were not searched, so all photos were missing"
     (tmp_path/'photos').mkdir()
     (tmp_path/'photos/linked').symlink_to(scenes/'train')
     (tmp_path/'photos/circle').symlink_to(tmp_path/'photos')
     assert len(read_annotations(scenes/'digits_train.json', tmp_path/'photos').files) == 30
 
 
-def test_one_photo_that_is_found_twice(scenes):
+def test_one_photo_that_is_found_twice(scenes, tmp_path):
     "Of the same kind: a folder given twice, or inside another one; before, its photos were called missing"
-    assert len(read_annotations(scenes/'digits_train.json', [scenes, scenes/'train', scenes/'train']).files) == 30
+    path = changed(scenes, tmp_path, bare_names)
+    for folders in ([scenes/'train', scenes/'train'], [scenes/'train', f'{scenes}/train/../train']):
+        assert len(read_annotations(path, folders).files) == 30
 
 
 def test_names_with_accents_from_a_mac(tmp_path):
@@ -152,7 +160,7 @@ def test_names_with_accents_from_a_mac(tmp_path):
     assert read_annotations(write(tmp_path, 'b.json', content), tmp_path).files
 
 
-# Boxes
+# Boxes: detectron2#2957 and #1833, vision#2740, armory#1491
 
 @pytest.mark.parametrize('form,hint', [(CORNERS, 'x1, y1, x2, y2'), (TURNED, 'y, x, height, width')])
 def test_boxes_of_another_form(scenes, tmp_path, form, hint):
@@ -178,7 +186,7 @@ def test_boxes_that_are_shares_of_the_image(scenes, tmp_path):
     with pytest.raises(ValueError, match='shares of the image'): read_annotations(path, boxes=True)
 
 
-# Groups, and names
+# Groups, and names: eqlv2#5, lvis-api#21, BalancedGroupSoftmax#5, SparseInst#114
 
 def three_commonest(anns, groups=None):
     ap = InstanceAP(anns, kinds=('bbox',), groups=groups)
@@ -214,21 +222,23 @@ def test_a_run_takes_the_groups_of_training(scenes, tmp_path, monkeypatch):
 
 
 def test_own_data_under_the_name_of_lvis(scenes, tmp_path):
-    "BalancedGroupSoftmax#5, SparseInst#114. Before: without --data, beside the paper's numbers; now LVIS's counts are asked for"
+    "Before: without --data they stood beside the paper's numbers; now LVIS's counts are asked for"
     with pytest.raises(ValueError, match='digits_train.json is not LVIS v0.5'):
-        run_detection(DetectionRecipe(**FAST), scenes/'digits_train.json', scenes/'digits_val.json', scenes, tmp_path, 'cpu')
+        files = scenes/'digits_train.json', scenes/'digits_val.json', scenes
+        run_detection(DetectionRecipe(**FAST), *files, tmp_path, 'cpu')
 
 
 def test_runs_of_different_lengths_are_not_averaged():
     "Before: with `changed=True` runs of 8 and of 300 steps had one mean"
     def row(ap, **changed):
         recipe = dict(data='x', preset='small', method='bs', seed=0)
-        return dict(dict.fromkeys(('APr', 'APc', 'APf', 'APb'), ap), AP=ap, key='k', recipe=recipe, changed=changed, environments=[])
+        scores = dict.fromkeys(('AP', 'APr', 'APc', 'APf', 'APb'), ap)
+        return dict(scores, key='k', recipe=recipe, changed=changed, environments=[])
     table = detection_table([row(2., iters=8), row(10.)], 'x', 'small', changed=True)
     assert 'Balanced Softmax, iters=8 | 2.0' in table and 'Balanced Softmax | 10.0' in table and '6.0' not in table
 
 
-# Losses, before the first step
+# Losses, before the first step: matterport/Mask_RCNN#418, detr#249
 
 def in_every_image(content):
     for im in content['images']:
@@ -239,8 +249,8 @@ def in_every_image(content):
 
 
 def test_a_class_in_every_image(scenes, tmp_path, monkeypatch):
-    """matterport/Mask_RCNN#418, detr#249. Before: the check said nothing, the default method trained stage 1 to its end and
-    then stopped at "Classes [0]", and the flag that was hinted at trained stage 1 again."""
+    """matterport/Mask_RCNN#418, detr#249. Before: the check said nothing, the default method trained stage 1 to its end
+    and then stopped at "Classes [0]", and the flag that was hinted at trained stage 1 again."""
     path = changed(scenes, tmp_path, in_every_image)
     report = check_annotations(path)
     assert any("every annotated image (1): 'digit 0'" in line for line in report.lines)
@@ -255,7 +265,7 @@ def test_a_class_in_every_image(scenes, tmp_path, monkeypatch):
 
 
 def test_a_root_class_that_nothing_is_annotated_with(scenes, tmp_path):
-    "rf-detr#609, of Roboflow's files. Before: it passed the check and was refused by index; stage 1 needs no count of it"
+    "Of Roboflow's files. Before: it passed the check and was refused by index; stage 1 needs no count of it"
     def change(content): content['categories'].append(dict(id=11, name='objects', frequency='r'))
     path = changed(scenes, tmp_path, change)
     assert any("without a training image (1): 'objects'" in line for line in check_annotations(path).lines)
@@ -269,12 +279,13 @@ def test_methods_without_counts_need_none(method):
     SEG_METHODS[method].loss(torch.tensor([5., 0, 8]), 8)
 
 
-# What a recipe, a file and a plain install can be
+# What a recipe, a file and a plain install can be: cocoapi#450, detectron2#3359, rf-detr#609, myvision#17
 
-@pytest.mark.parametrize('name,value', [('lr', -1), ('max_size', 0), ('min_size', (0,)), ('anchors', (8,)), ('proposals', ()),
-                                        ('min_images', 0), ('seed', -1), ('drops', (-1,)), ('min_size', (2000,))])
+@pytest.mark.parametrize('name,value', [
+    ('lr', -1), ('max_size', 0), ('min_size', (0,)), ('anchors', (8,)), ('proposals', ()), ('min_images', 0),
+    ('seed', -1), ('drops', (-1,)), ('min_size', (2000,))])
 def test_values_that_cannot_be(name, value):
-    "detectron2#3359. Before: accepted, and an error of torchvision in the first step"
+    "Before: most were accepted, and an error of torchvision in the first step"
     with pytest.raises(ValueError, match=name): DetectionRecipe(**{name: value})
 
 
@@ -285,20 +296,22 @@ def test_weights_that_are_not_there(weights):
 
 
 def test_no_limit_of_detections(scenes):
-    "cocoapi#450. Before: max_dets=-1, LVIS's \"no limit\", ended in vector::_M_default_append"
+    "Before: max_dets=-1, LVIS's \"no limit\", ended in vector::_M_default_append"
     anns = read_annotations(scenes/'digits_val.json', scenes)
     ap = InstanceAP(anns, max_dets=-1, kinds=('bbox',))
     for _, t in InstanceDataset(anns, train=False):
         if not len(t['labels']): continue
         label = (t['labels'][:1] % 10 + 1).repeat(400)                          # 400 of another class, in front
-        ap.add([dict(boxes=torch.cat([t['boxes'][:1].repeat(400, 1), t['boxes']]), labels=torch.cat([label, t['labels']]),
-                     scores=torch.cat([torch.ones(400), torch.full((len(t['labels']),), .5)]))], [t])
+        boxes = torch.cat([t['boxes'][:1].repeat(400, 1), t['boxes']])
+        scores = torch.cat([torch.ones(400), torch.full((len(t['labels']),), .5)])
+        ap.add([dict(boxes=boxes, labels=torch.cat([label, t['labels']]), scores=scores)], [t])
     assert ap.compute()['APb'] > 0
     with pytest.raises(ValueError, match='max_dets'): InstanceAP(anns, max_dets=0)
 
 
-@pytest.mark.parametrize('segmentation,what', [([1, 1, 5, 1, 5, 5], 'one flat list'), ([[[1, 1], [5, 1], [5, 5]]], 'points'),
-                                               ([[1, 1, 5, 1, 5]], 'odd number'), ([[1, 1, 5, 1, 5, float('nan')]], 'finite')])
+@pytest.mark.parametrize('segmentation,what', [
+    ([1, 1, 5, 1, 5, 5], 'one flat list'), ([[[1, 1], [5, 1], [5, 5]]], 'points'), ([[1, 1, 5, 1, 5]], 'odd number'),
+    ([[1, 1, 5, 1, 5, float('nan')]], 'finite')])
 def test_wrong_polygons_are_told_apart(scenes, tmp_path, segmentation, what):
     "Before: three of them had one message, which was untrue for one"
     def change(content): content['annotations'][0]['segmentation'] = segmentation
@@ -306,13 +319,14 @@ def test_wrong_polygons_are_told_apart(scenes, tmp_path, segmentation, what):
 
 
 def test_what_is_seldom_meant_is_said(scenes, tmp_path):
-    "myvision#17. Before: nothing was said of doubled annotations, of categories of one name, of a photo under two ids"
+    "Before: nothing was said of doubled annotations, of categories of one name, of a photo under two ids"
     def change(content):
         content['annotations'].append({**content['annotations'][0], 'id': 999})
         content['categories'][1]['name'] = 'digit 0'
         content['images'][1]['file_name'] = content['images'][0]['file_name']
     lines = '\n'.join(check_annotations(changed(scenes, tmp_path, change)).lines)
-    for what in ('same box and class in an image (2): 1, 999', 'same name (2): 1, 2', 'same photo (2): 1, 2'): assert what in lines
+    for what in ('same box and class in an image (2): 1, 999', 'same name (2): 1, 2', 'same photo (2): 1, 2'):
+        assert what in lines
 
 
 @pytest.mark.parametrize('command', ['balms_check_lvis', 'balms_lvis'])

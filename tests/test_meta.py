@@ -652,15 +652,17 @@ def test_class_balanced_loader_stays_so_on_a_bank():
     torch.testing.assert_close(labels.shares(10), torch.full((10,), .1), atol=.035, rtol=0)
 
 
-def test_classifier_is_reset_or_not_and_thawed_after_a_failure():
+def test_classifier_is_reset_or_not_and_after_a_failure_what_it_was():
     train, test = digits()
     learn = learner(train, get_model('small_cnn', 10, 1), valid=test)
-    before = learn.model.fc.weight.detach().clone()
+    before, seen = learn.model.fc.weight.detach().clone(), []
     class FailAtOnce(Callback):
-        def before_batch(self): raise ZeroDivisionError('stop')
+        def before_batch(self):
+            seen.append(self.model.fc.weight.detach().clone())
+            raise ZeroDivisionError('stop')
     for reset in (False, True):
         with pytest.raises(ZeroDivisionError): learn.fit_classifier(1, .1, reset=reset, cbs=FailAtOnce())
-        assert torch.equal(before, learn.model.fc.weight) != reset
+        assert torch.equal(before, seen[-1]) != reset and torch.equal(before, learn.model.fc.weight)
     assert all(p.requires_grad for p in learn.model.parameters()) and learn.opt is None
 
 

@@ -125,6 +125,20 @@ def test_photos_of_a_frozen_run(tmp_path, method):
     with pytest.raises(ValueError, match='other images'): write_report(folder, device='cpu')
 
 
+def test_photos_of_a_fine_tuned_run(tmp_path):
+    root = photo_folder(tmp_path/'photos')
+    recipe = PhotoRecipe(str(root), method='bs', model='resnet8', size=24, epochs=2, bs=8, warmup=1)
+    recipe = recipe.with_steps(len(load_images(recipe)[0]))
+    row = run(recipe, tmp_path/'runs', device='cpu', workers=0)
+    folder, files = tmp_path/'runs'/recipe.key, find_photos([root/'test'])
+    probs = photo_probabilities(load_run(folder, 'cpu'), files)
+    scores = evaluate(probs.log(), torch.arange(3).repeat_interleave(6), row['counts'])
+    for name in SCORES: assert scores[name] == pytest.approx(row[name], abs=2e-3 if name == 'ece' else 5e-5), name
+    with open(write_report(folder, device='cpu').with_suffix('.csv'), newline='', encoding='utf-8') as f:
+        recall = {r['class']: r['recall in %'] for r in csv.DictReader(f)}
+    assert recall['rød kopp'] == f'{100*row["per_class"][1]:.1f}'
+
+
 def test_a_learner_that_can_be_trained_on(tmp_path):
     "The loaders of one's own images take the place of the empty ones"
     recipe = Recipe(method='bs', iters=30)
@@ -277,6 +291,10 @@ def test_differences_are_paired():
     assert table[0]['overall − Softmax'] == '' == table[1]['few − Softmax']
     assert difference_rows(a[:1] + b[:1])['d'][1]['overall − Softmax'] == '+2.0'
     assert len(difference_rows(a + [dict(r, train_crc=2) for r in b])) == 2            # of other images
+    quarter = [row('bs_quarter', s, 50.) for s in range(3)]
+    changed = [dict(r, changed=dict(lr=.2)) for r in b]
+    (table,) = difference_rows(quarter + changed + b, 'bs').values()                   # not of the nearest name
+    assert 'overall − Balanced Softmax' in table[0]
 
 
 # ---- the commands
