@@ -16,6 +16,7 @@ from balms.datasets import clothes_folder
 from balms.photo_features import photo_features, split_bank
 from balms.photo_runs import PhotoRecipe, PhotoRuns, bank_logits, choose_settings, train_classifier
 from balms.photos import check_photos, describe_photos, find_photo_set, scan_photos, split_photos, without_bad
+from balms.lists import balms_check
 from balms.metrics import mean_class_accuracy
 from balms.models import get_model
 from balms.rows import read_rows
@@ -406,3 +407,13 @@ def test_a_read_only_folder_of_photos(train, tmp_path, small):
 def test_clothes_are_found_whole():
     photos, problems = scan_photos(find_photo_set(clothes_folder()))
     assert not problems and photos.counts('test').tolist() == [10]*17 and photos.counts('train').max() == 250
+
+
+def test_balms_check_of_a_folder(tmp_path, capsys):
+    root = folder(tmp_path/'photos', a=3, b=3)
+    assert balms_check(str(root)) == 0 and 'photos: 6 photos of 2 classes' in capsys.readouterr().out
+    bad = spoil(root)
+    assert balms_check(str(root)) == 1 and all(name in (out := capsys.readouterr().out) for name in bad), out
+    csv = table(tmp_path/'labels.csv', 'file,label\na/0.png,x\nb/1.png,y\n')
+    assert balms_check(str(root), csv=str(csv)) == 0 and '2 photos of 2 classes' in capsys.readouterr().out
+    assert balms_check(str(root), csv=str(tmp_path/'none.csv')) == 2
