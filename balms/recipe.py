@@ -25,8 +25,9 @@ _cifar = dict(model='resnet32', iters=13000, bs=512, augment='autoaugment_cutout
 PRESETS = dict(
     paper=_cifar,
     code=_cifar | dict(nesterov=False, iters=12400, bn_drift=True, meta_beta2=.999),
-    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', views=8))
-_digits = PRESETS['small'] | dict(model='small_cnn', iters=600, bs=64, augment='shift', threads=1)
+    small=_cifar | dict(model='resnet8', iters=1550, bs=128, warmup=100, augment='crop_flip', iters2=400))
+_digits = PRESETS['small'] | dict(
+    model='small_cnn', iters=600, bs=64, augment='shift', iters2=2000, views=8, threads=1)
 
 IMBALANCE = dict(digits=50, cifar10=100, cifar100=100)                      # the defaults
 
