@@ -244,7 +244,7 @@ def _train_on_features(recipes, args, device) -> list:
         rows.append(row := runs.run(r))
         chosen = row['chosen']
         how = f'lr {chosen["lr"]:g}, {chosen["iters"]:,} steps'
-        if 'valid' in chosen: how += f', best of {chosen["tried"]} on held-out photos with {chosen["valid"]:.1f} %'
+        if 'valid' in chosen: how += f', best of {len(chosen["tried"])} on held-out photos with {chosen["valid"]:.1f} %'
         print(f'[{i}/{len(recipes)}] {r.method} seed {r.seed}: {row["overall"]:.1f} % ({how})', flush=True)
     return rows
 

@@ -319,16 +319,28 @@ def check_lists(
     return ListReport(name or 'own lists', report, problems)
 
 # %% ../nbs/04c_lists.ipynb #a8d53971
+def _check_photo_folder(folder, csv):
+    "Print what a folder of photos holds, and give back the exit status"
+    from fastprogress.fastprogress import progress_bar
+    from balms.photos import check_photos                        # which builds on this module
+    def bar(photos, total): return progress_bar(photos, total=total)
+    text, ok = check_photos(folder, csv, progress=bar if sys.stderr.isatty() else None)
+    print(text)
+    return 0 if ok else 1
+
+# %% ../nbs/04c_lists.ipynb #df5e00b5
 @call_parse
 def balms_check(
-    name:str, # A published data set, imagenet_lt, places_lt or inaturalist18, whose counts are compared; or own
+    name:str, # A folder of photos; or a published data set, imagenet_lt, places_lt or inaturalist18; or own, for lists
     root:str=None, # Folder of the images; without it, only the lists are checked
     lists:str=None, # Folder of *_train.txt, *_val.txt, *_test.txt, or .txt.gz; default: the root
     decode:bool=True, # Decode every image; with --no-decode, only look whether it is there
     workers:int=None, # Threads that decode; default: one a CPU
+    csv:str=None, # Of a folder of photos: a table of files and labels
 ) -> int: # Exit status
-    "Check list files (a path and a label a line) and images before training. Exit status 1 if anything is wrong."
+    "Check photos, or list files and their images, before training. Exit status 1 if anything is wrong."
     try:
+        if name not in ('own', *LIST_FACTS) and Path(name).expanduser().is_dir(): return _check_photo_folder(name, csv)
         published = None if name == 'own' else name
         report = check_lists(published, root, lists, decode, workers, sys.stderr.isatty())
     except (OSError, ValueError) as e:

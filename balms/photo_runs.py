@@ -214,7 +214,7 @@ def choose_settings(
     valid:FeatureBank, # Features to choose by
     device='cpu', # Where to train
     done:dict=None, # Trained classifiers of the same photos, to share between methods
-) -> dict: # lr, iters, the accuracy on `valid` in %, how many pairs were tried
+) -> dict: # lr, iters, their accuracy on `valid` in %, and [lr, iters, accuracy] of all pairs that were tried
     "The learning rate and the number of steps of a method, by the mean accuracy of its classes on held-out photos."
     done, method, scores = {} if done is None else done, METHODS[recipe.method], {}
     counts = torch.bincount(train.targets, minlength=train.c)//train.views
@@ -227,7 +227,8 @@ def choose_settings(
             logits = bank_logits(recipe, done[what], valid, counts)
             scores[lr, iters] = mean_class_accuracy(logits, valid.targets).item()
     lr, iters = max(scores, key=scores.get)
-    return dict(lr=lr, iters=iters, valid=round(100*scores[lr, iters], 2), tried=len(scores))
+    percent = [[*pair, round(100*score, 2)] for pair, score in scores.items()]
+    return dict(lr=lr, iters=iters, valid=round(100*scores[lr, iters], 2), tried=percent)
 
 # %% ../nbs/12db_photo_runs.ipynb #24b38ca0
 class PhotoRuns:

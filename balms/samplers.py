@@ -20,9 +20,7 @@ from .core import class_counts, list_classes, read_labels, positive_vector
 # %% ../nbs/07_samplers.ipynb #3ec973a4
 def _nonnegative_vector(v, name):
     "`v` as a float64 vector on the CPU, where some entries may be zero. Raises `ValueError` for other faults."
-    if not isinstance(v, Tensor): v = torch.as_tensor(v, dtype=torch.float64)
-    v = v.detach().as_subclass(Tensor).to('cpu', torch.float64)
-    positive_vector(torch.where(v == 0, 1., v), name)
+    v = positive_vector(v, name, zeros=True)
     if not v.any(): raise ValueError(f'{name} is zero for every class')
     return v
 

@@ -27,6 +27,7 @@ from balms.metrics import (ECE, ece, marginal_likelihood, mean_class_accuracy, p
                            reliability, shot_accuracy, shot_masks, shot_metrics)
 from balms.lists import read_list, sample_tree
 from balms.models import check_classifier, find_classifier
+from balms.samplers import sampling_rates
 from balms.sigmoid import log_odds_prior
 from balms.sigmoid_baselines import SigmoidFocalLoss
 
@@ -127,6 +128,7 @@ def test_counts_with_their_classes(counts):
     assert torch.equal(log_odds_prior(counts), log_odds_prior(want))
     assert torch.equal(BalancedSoftmax(want, target_prior=counts).shift, torch.zeros(3))
     assert BalancedSoftmax([1, 1, 1], weight=counts).weight.tolist() == want
+    assert torch.equal(sampling_rates(counts), sampling_rates(want))
     assert torch.equal(shot_masks(counts)['few'], shot_masks(want)['few'])
     y = torch.arange(3).repeat_interleave(20)
     assert shot_accuracy(torch.eye(3)[y], y, counts)['overall'] == 1.

@@ -16,6 +16,7 @@ from balms.datasets import clothes_folder
 from balms.photo_features import photo_features, split_bank
 from balms.photo_runs import PhotoRecipe, PhotoRuns, bank_logits, choose_settings, train_classifier
 from balms.photos import check_photos, describe_photos, find_photo_set, scan_photos, split_photos, without_bad
+from balms.lists import balms_check
 from balms.metrics import mean_class_accuracy
 from balms.models import get_model
 from balms.rows import read_rows
@@ -306,7 +307,7 @@ def test_settings_are_chosen_on_held_out_photos(tmp_path, small, monkeypatch):
     one, other = recipes(coloured(tmp_path/'p', 30), small, 'posthoc', 'posthoc', valid_per_class=6)
     runs = PhotoRuns(one, tmp_path/'runs', 'cpu', 0)
     rows = [runs.run(r) for r in (one, replace(other, seed=1))]
-    assert rows[0]['chosen'] == rows[1]['chosen'] and rows[0]['chosen']['tried'] == 4
+    assert rows[0]['chosen'] == rows[1]['chosen'] and len(rows[0]['chosen']['tried']) == 4
     train, valid = runs.part('train'), runs.part('valid')
     counts, scores = torch.bincount(train.targets), {}
     for lr in (1e-6, .05):
@@ -316,7 +317,7 @@ def test_settings_are_chosen_on_held_out_photos(tmp_path, small, monkeypatch):
     chosen = rows[0]['chosen']
     assert scores[chosen['lr'], chosen['iters']] == chosen['valid'] == max(scores.values()) > min(scores.values())
     kept = choose_settings(replace(one, iters=7), train, valid)
-    assert kept['iters'] == 7 and kept['tried'] == 2
+    assert kept['iters'] == 7 and len(kept['tried']) == 2
 
 
 def test_a_run_folder_of_other_photos(tmp_path, small):
@@ -363,6 +364,23 @@ def test_the_command(train, tmp_path, small):
     assert status == 0 and 'red/bad.jpg' in out, err
 
 
+def test_fine_tuning(train, tmp_path, small):
+    "A pretrained network is trained from its weights, in one stage or two, and leaves a model with names of classes"
+    root = coloured(tmp_path/'p', 24)
+    how = ['--model', 'small_cnn', '--weights', small, '--size', 12, '--workers', 0, '--seeds', 1, '--device', 'cpu']
+    how += ['--bs', 8, '--iters2', 10]
+    status, out, err = train('--data', root, '--epochs', 2, *how, '--method', 'bs', 'balms')
+    assert status == 0, err
+    assert 'fine-tuned' in out and 'small_cnn' in out
+    rows = {row['recipe']['method']: row for row in read_rows(tmp_path/'runs')}
+    assert rows['bs']['recipe']['iters'] == round(2*sum(rows['bs']['counts'])/8) and len(rows['balms']['r']) == 3
+    _, about = load_model(tmp_path/'runs'/rows['bs']['key']/'model.safetensors')
+    assert about['classes'] == ['blue', 'green', 'red'] and about['size'] == [12, 12]
+    assert train('--data', root, '--epochs', 2, *how, '--method', 'bs', '--frozen')[0] == 2
+    status, out, err = train('--data', root, '--epochs', 2, *how, '--method', 'bs')
+    assert status == 2 and 'iters2' in err                                       # no second stage
+
+
 @pytest.mark.parametrize('options, size, photos', [
     ([], 100, True), ([], 40, False), (['--size', 100], 40, True), (['--size', 32], 100, False),
     (['--frozen'], 40, True), (['--imbalance', 2], 100, False), (['--epochs', 1], 40, True)])
@@ -389,3 +407,15 @@ def test_a_read_only_folder_of_photos(train, tmp_path, small):
 def test_clothes_are_found_whole():
     photos, problems = scan_photos(find_photo_set(clothes_folder()))
     assert not problems and photos.counts('test').tolist() == [10]*17 and photos.counts('train').max() == 250
+
+
+def test_balms_check_of_a_folder(tmp_path, capsys):
+    root = folder(tmp_path/'photos', a=3, b=3)
+    assert balms_check(str(root)) == 0 and 'photos: 6 photos of 2 classes' in capsys.readouterr().out
+    bad = spoil(root)
+    assert balms_check(str(root)) == 1
+    out = capsys.readouterr().out
+    assert all(name in out for name in bad), out
+    csv = table(tmp_path/'labels.csv', 'file,label\na/0.png,x\nb/1.png,y\n')
+    assert balms_check(str(root), csv=str(csv)) == 0 and '2 photos of 2 classes' in capsys.readouterr().out
+    assert balms_check(str(root), csv=str(tmp_path/'none.csv')) == 2
