@@ -7,6 +7,7 @@ __all__ = ['MetaCallback', 'MetaSampler', 'MetaReweighter']
 
 # %% ../nbs/09b_meta.ipynb #752e6258
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 import torch
 from torch import nn, Tensor
@@ -16,7 +17,7 @@ from fastai.data.core import TfmdDL
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .core import class_counts, list_classes, plain_tensor
+from .core import class_counts, list_classes, plain_tensor, read_labels
 from .array_loader import ArrayDL
 from .influence import ByAutograd, ClosedForm, loss_shares, statistics_kept, trial_step, weight_gradient
 from .meta_gradient import ClassRates, ESTIMATORS, rate_gradient
@@ -63,8 +64,10 @@ def _check_learner(callback):
 
 def _training_counts(callback):
     "Images a class. Raises `ValueError` for labels that are missing or do not fit, and for a class without images"
-    name, dls, labels = type(callback).__name__, callback.dls, callback.training_labels()
-    try: counts = class_counts(labels, getattr(dls, 'c', None))
+    name, dls = type(callback).__name__, callback.dls
+    try:
+        labels = callback.training_labels()
+        counts = class_counts(labels, getattr(dls, 'c', None))
     except TypeError as e:
         raise ValueError(f'{name} finds no labels in the training set. Give them: {name}(labels=...)') from e
     if labels is callback.labels and len(labels) != len(dls.train.dataset):
@@ -108,7 +111,8 @@ def _check_closed_form(output, pred):
 class MetaCallback(CleansUp):
     "What `MetaSampler` and `MetaReweighter` share: rates, meta batches, and a meta step after each backward pass"
     order, run_valid = 60, False                             # after mixed precision and the wrapping of the model
-    _stateattrs = 'trained_on', 'sampler', 'meta_dl', 'meta_batches', 'meta_ds', 'labels', 'replaced'   # hold data
+    _stateattrs = ('trained_on', 'sampler', 'meta_dl', 'meta_batches', 'meta_ds', 'labels', 'labels_read',
+                   'replaced')                             # hold data
     def _init_state(self):
         super()._init_state()
         self.__dict__.update(dict.fromkeys(self._stateattrs))
@@ -125,6 +129,7 @@ class MetaCallback(CleansUp):
         labels=None, # Labels of the training images (n,), for a data set without labels of its own
         seed:int=0, # Of the draws
         record:int=50, # Steps between two entries of `history`
+        bn_passes:bool=False, # Both batches pass batch normalisation in training mode, as in the released code
     ):
         choices = dict(trial=('optimizer', 'sgd'), backprop=('auto', 'closed', 'autograd'))
         for name, value in dict(trial=trial, backprop=backprop).items():
@@ -133,14 +138,17 @@ class MetaCallback(CleansUp):
         self.adam, self.start = dict(lr=lr, betas=betas), dict(init_pow=init_pow, count_pow=count_pow)
         self.seed, self.record, self.n_steps, self.history, self.warned = seed, record, 0, [], False
         self.psi = self.influences = self.sample_weights = self.sampler = self.trained_on = None
-        self.to_load = self.before_lr_find = None
+        self.to_load = self.before_lr_find = self.labels_read = None
+        self.bn_passes = bn_passes
 
     @property
     def network(self): return getattr(self.model, 'module', self.model)             # out of DistributedDataParallel
     def training_labels(self):
-        "Labels of the training set, or the data set that has them"
+        "Labels of the training set, read once"
         ds = self.dls.train.dataset
-        return ds if self.labels is None or hasattr(ds, 'views') else self.labels   # a bank of views has its own
+        if self.labels is not None and not hasattr(ds, 'views'): return self.labels    # a bank of views has its own
+        if self.labels_read is None or self.labels_read[0] is not ds: self.labels_read = ds, read_labels(ds)
+        return self.labels_read[1]
     def trial_step(self, params, grads): return trial_step(self.opt, params, grads, plain=self.trial == 'sgd')
     def set_rates(self):
         "The rates of the next batch"
@@ -197,7 +205,8 @@ def after_backward(self:MetaCallback):
         if not self.warned: warnings.warn(f'{type(self).__name__}: the learning rate is 0, so the rates learn nothing')
         self.warned = True
         return
-    with torch.no_grad(), statistics_kept(self.network):
+    with torch.no_grad(), nullcontext() if self.bn_passes else statistics_kept(self.network):
+        if self.bn_passes: self.network(*self.xb)
         influence = self.influences.influence(*next(self.meta_batches), scale, self.sample_weights)
     if scale != 1 and not influence.isfinite().all(): return
     self.psi.w.grad = self.gradient(influence.to(self.psi.w.dtype), targets)*(1 - self.psi.r)
@@ -228,6 +237,7 @@ def plot(self:MetaCallback,
     title:str='Learned r_c by class', # Above it
 ):
     "r_c of each class, common to rare, at the start, half-way and at the end (Ren et al. 2020, supplement Fig. 3)"
+    if self.psi is None: raise ValueError(f'{type(self).__name__} has no rates to plot before its first fit')
     half = len(self.history)//2
     points = [*self.history[:1], *self.history[half:half + 1], (self.n_steps, self.psi.r.cpu())]
     ax = plot_curves({f'step {step:,}': r for step, r in points}, self.psi.log_n.exp(), ax, title, 'r')

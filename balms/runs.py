@@ -119,7 +119,7 @@ def _meta_callback(recipe, ranks):
     "The Meta Sampler or Meta Reweighter of a second stage, with the recipe's settings"
     meta_bs = recipe.meta_bs and ranks.share(recipe.meta_bs, 'meta_bs')
     return METHODS[recipe.method].meta(lr=recipe.meta_lr, betas=(.9, recipe.meta_beta2), init_pow=recipe.init_pow,
-                                       seed=recipe.seed, meta_bs=meta_bs)
+                                       seed=recipe.seed, meta_bs=meta_bs, bn_passes=recipe.bn_drift)
 
 # %% ../nbs/12d_runs.ipynb #d0a1010c
 def _train_stage2(job, stage1_model):

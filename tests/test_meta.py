@@ -690,3 +690,31 @@ def test_decoupled_training_of_a_timm_model(photos, name):
     moved = {n.rsplit('.', 1)[0] for n, p in net.state_dict().items() if not torch.equal(p, before[n])}
     assert moved == {n for n, m in net.named_modules() if m is head}
     with learn.no_bar(), learn.no_logging(): learn.fit_classifier(1, .1, views=1, scales=True)
+
+
+# --- what a fit costs, and what it leaves
+
+def test_labels_are_read_once(monkeypatch):
+    "Counts, sampler and meta batches of one fit, and of the next (96 us an item through a fastai pipeline)"
+    import balms.meta as meta
+    reads, read_labels = [], meta.read_labels
+    monkeypatch.setattr(meta, 'read_labels', lambda ds: reads.append(ds) or read_labels(ds))
+    train, test = digits()
+    learn = learner(train, get_model('small_cnn', 10, 1), [MetaSampler()], n=2, bs=16, valid=test)
+    fit(learn)
+    fit(learn)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize('bn_passes', [False, True])
+def test_batches_that_batch_normalisation_sees(bn_passes):
+    "Its own alone, or those of the meta step too, as in the released code"
+    train, test = digits()
+    net, drift = get_model('small_cnn', 10, 1), ClassifierOnly(bn_drift=True)
+    fit(learner(train, net, [drift, MetaSampler(bn_passes=bn_passes)], n=5, bs=16, valid=test))
+    counts = {m.num_batches_tracked.item() for m in net.modules() if hasattr(m, 'num_batches_tracked')}
+    assert counts == {15 if bn_passes else 5}
+
+
+def test_plot_before_a_fit():
+    with pytest.raises(ValueError, match='MetaSampler'): MetaSampler().plot()
