@@ -143,12 +143,6 @@ class MetaCallback(CleansUp):
 
     @property
     def network(self): return getattr(self.model, 'module', self.model)             # out of DistributedDataParallel
-    def training_labels(self):
-        "Labels of the training set, read once"
-        ds = self.dls.train.dataset
-        if self.labels is not None and not hasattr(ds, 'views'): return self.labels    # a bank of views has its own
-        if self.labels_read is None or self.labels_read[0] is not ds: self.labels_read = ds, read_labels(ds)
-        return self.labels_read[1]
     def trial_step(self, params, grads): return trial_step(self.opt, params, grads, plain=self.trial == 'sgd')
     def set_rates(self):
         "The rates of the next batch"
@@ -161,6 +155,14 @@ class MetaCallback(CleansUp):
     def gradient(self, influence, targets): "Gradient of the meta loss by log r_c (k,)"
 
 # %% ../nbs/09b_meta.ipynb #7a288fa4
+@patch
+def training_labels(self:MetaCallback):
+    "Labels of the training set, read once"
+    ds = self.dls.train.dataset
+    if self.labels is not None and not hasattr(ds, 'views'): return self.labels        # a bank of views has its own
+    if self.labels_read is None or self.labels_read[0] is not ds: self.labels_read = ds, read_labels(ds)
+    return self.labels_read[1]
+
 @patch
 def before_train(self:MetaCallback):
     self.clean_up()
