@@ -154,7 +154,7 @@ class MetaCallback(CleansUp):
     def uninstall(self): "Put back what `install` replaced"
     def gradient(self, influence, targets): "Gradient of the meta loss by log r_c (k,)"
 
-# %% ../nbs/09b_meta.ipynb #7a288fa4
+# %% ../nbs/09b_meta.ipynb #7a288fb1
 @patch
 def training_labels(self:MetaCallback):
     "Labels of the training set, read once"
@@ -163,6 +163,7 @@ def training_labels(self:MetaCallback):
     if self.labels_read is None or self.labels_read[0] is not ds: self.labels_read = ds, read_labels(ds)
     return self.labels_read[1]
 
+# %% ../nbs/09b_meta.ipynb #7a288fa4
 @patch
 def before_train(self:MetaCallback):
     self.clean_up()
