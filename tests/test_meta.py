@@ -718,3 +718,16 @@ def test_batches_that_batch_normalisation_sees(bn_passes):
 
 def test_plot_before_a_fit():
     with pytest.raises(ValueError, match='MetaSampler'): MetaSampler().plot()
+
+
+@pytest.mark.parametrize('cbs', [[], [ClassifierOnly]], ids=['all layers', 'the classifier'])
+def test_compiled_network(cbs):
+    "Learned rates of a network behind torch.compile are those of the network"
+    train, test = digits()
+    def rates(compiled):
+        torch.manual_seed(0)
+        net, cb = get_model('small_cnn', 10, 1), MetaSampler(lr=.05)
+        if compiled: net = torch.compile(net, backend='aot_eager')
+        fit(learner(train, net, [*(make() for make in cbs), cb], n=10, bs=16, valid=test))
+        return cb.psi.w.detach()
+    torch.testing.assert_close(rates(True), rates(False), rtol=1e-3, atol=1e-4)
