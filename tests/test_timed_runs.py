@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 import pytest
 from balms.rows import read_rows
@@ -37,6 +38,12 @@ def test_rows_ledger_and_models(tmp_path):
 def test_nothing_is_begun_that_cannot_end(tmp_path):
     assert 'no time' in call(tmp_path, seconds=1)
     assert not list((tmp_path/'runs').glob('*/row.json'))
+
+
+def test_what_is_under_way_at_the_end_is_kept(tmp_path):
+    call(tmp_path, seconds=25, iters=100_000)
+    with zipfile.ZipFile(tmp_path/'models.zip') as z: names = [Path(n).name for n in z.namelist()]
+    assert names == ['checkpoint.pt']
 
 
 @pytest.mark.slow

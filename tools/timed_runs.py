@@ -9,8 +9,9 @@ others of the paper's Tables 2 and 8; seed by seed. The first steps are timed, a
 time, as far as can be told from those that have ended.
 
 Each row is `OUT/<key>/row.json` as soon as there is one; `--ledger` also collects them in a file, and `--models` the
-trained networks of first stages. The same command goes on from what is in OUT, or in these files, also after it was
-killed. Without the history of git, give the commit in the environment variable BALMS_COMMIT.
+trained networks of first stages, with the checkpoints of those that are under way at the end. The same command goes on
+from what is in OUT, or in these files, also after it was killed. Without the history of git, give the commit in the
+environment variable BALMS_COMMIT.
 """
 import argparse
 import multiprocessing
@@ -89,14 +90,14 @@ class Estimate:
 
 
 def keep(a):
-    "Collect what is there into the ledger and the file of models"
+    "Collect what is there into the ledger and the file of models and checkpoints"
     out = Path(a.out)
     if a.ledger and list(out.glob('*/row.json')): collect_rows(out, a.ledger)
     if not a.models: return
     stage1 = {recipe(a, m, seed).stage1.key for m in a.methods for seed in range(a.seeds)}
     new = Path(a.models).with_suffix('.new')
     with zipfile.ZipFile(new, 'w') as z:
-        for f in sorted(out.glob('*/model.safetensors')):
+        for f in sorted([*out.glob('*/model.safetensors'), *out.glob('*/checkpoint.pt')]):
             if f.parent.name in stage1: z.write(f, f.relative_to(out))
     os.replace(new, a.models)
 
