@@ -44,7 +44,6 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph): self.out = self.f(*self.args)
         self.graph, self.shapes = graph, shapes
-    def __getstate__(self): return dict(f=self.f, shapes=None, graph=None)      # exported without what was recorded
 
 # %% ../nbs/11c_cuda_graphs.ipynb #634d1821
 class GraphedStep(CleansUp):

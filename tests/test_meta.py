@@ -695,7 +695,7 @@ def test_decoupled_training_of_a_timm_model(photos, name):
 # --- what a fit costs, and what it leaves
 
 def test_labels_are_read_once(monkeypatch):
-    "Counts, sampler and meta batches of one fit, and of the next (96 us an item through a fastai pipeline)"
+    "Counts, sampler and meta batches of one fit, and of the next, share one reading of the labels"
     import balms.meta as meta
     reads, read_labels = [], meta.read_labels
     monkeypatch.setattr(meta, 'read_labels', lambda ds: reads.append(ds) or read_labels(ds))
