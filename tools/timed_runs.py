@@ -1,4 +1,4 @@
-"""As many rows of the paper's CIFAR tables as fit into so many seconds, on a GPU that is only lent.
+"""As many rows of the paper's CIFAR tables as fit into so many seconds, on a GPU that you have for minutes.
 
     python tools/timed_runs.py cifar100 --imbalance 100 --root cifar100_lt100.npz --seconds 500 --out runs \\
         --precision bfloat16 --graphs [--compile] [--workers 2] [--seeds 1] [--methods softmax,bs,balms]
