@@ -1,4 +1,4 @@
-"""The runner for a GPU that one has for minutes: rows as they come, nothing begun that cannot end, going on after it was killed."""
+"""The runner for a GPU that one has for minutes: rows as they come, nothing begun that cannot end, going on when killed."""
 import os
 import subprocess
 import sys
