@@ -1,4 +1,4 @@
-"""The runner for a GPU that one has for minutes: rows as they come, nothing begun that cannot end, going on when killed."""
+"""The runner for a GPU that one has for minutes: rows as they come, nothing begun that cannot end, and going on."""
 import os
 import subprocess
 import sys
